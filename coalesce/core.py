@@ -33,14 +33,14 @@ from coalesce.invariants import check
 from coalesce.joining import Admission
 from coalesce.limits import CoreLimits
 from coalesce.model import Backfill, PendingCreate, PendingRead, Session, Trunk, Upstream, Watch
-from coalesce.moving import Moving
-from coalesce.notifying import Notifying
+from coalesce.moving import CoverMover
+from coalesce.notifying import ProgressNotifier
 from coalesce.placement import Placement
 from coalesce.progress import Progress
 from coalesce.progress_requests import ProgressRequests
 from coalesce.replay import Replayer
 from coalesce.revision_reads import RevisionReads
-from coalesce.runs import Runs
+from coalesce.runs import FragmentRuns
 from coalesce.state import CoreState
 from coalesce.stats import Stats
 from coalesce.trunk import Trunks
@@ -58,16 +58,16 @@ class Coalescer:
         self._fanout = Fanout(state)
         self._waiters = waiters = ProgressWaiters(state)
         self._progress_requests = requests = ProgressRequests(state, waiters)
-        self._notifying = Notifying(state, waiters, requests)
+        self._notifying = ProgressNotifier(state, waiters, requests)
         self._progress = progress = Progress(state, waiters, requests, self._notifying)
         self._placement = placement = Placement(state, self._fanout, requests)
         self._replayer = replayer = Replayer(state, requests, placement)
-        self._runs = Runs(state, placement, replayer)
+        self._runs = FragmentRuns(state, placement, replayer)
         self._reads = reads = RevisionReads(state)
         self._trunks = trunks = Trunks(state, placement)
         self._cancellation = cancellation = Cancellation(state, reads, progress, placement, replayer, trunks)
         self._admission = Admission(state, reads, progress, placement, trunks, cancellation)
-        self._moving = Moving(state, waiters, requests, self._notifying, placement, trunks)
+        self._moving = CoverMover(state, waiters, requests, self._notifying, placement, trunks)
         # The next deadline may have moved earlier since the last call of `next_deadline`. An ordinary event does not
         # set it.
         self.deadline_moved = True
@@ -182,7 +182,7 @@ class Coalescer:
     def upstream_response(self, upstream: Upstream, response: WatchResponse, now: float) -> list[Effect]:
         """A response for an upstream watch: `created`, events of whole revisions, `canceled`, or a progress notify."""
         state = self._state
-        owner = upstream.fed
+        owner = upstream.source
         if (
             owner is None
             or type(owner) is Backfill
@@ -254,8 +254,8 @@ class Coalescer:
         if self._state.ordered_progress:
             for upstream in upstreams:
                 upstream.asked_at = None
-                if upstream.fed is not None:
-                    trunks[upstream.fed.trunk] = None
+                if upstream.source is not None:
+                    trunks[upstream.source.trunk] = None
                 self._placement.proven(upstream, header.revision)
         self._progress.answered(tuple(trunks), header, number)
         return self._finish()

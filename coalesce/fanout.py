@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from coalesce.batch import Batch, Payload, Variants, payload_of_one
 from coalesce.cover import Cover
 from coalesce.effects import Deliver
-from coalesce.model import Ahead, Group, Source, Watch
+from coalesce.model import AheadEntry, Group, Source, Watch
 from coalesce.place import Place
 from coalesce.ranges import CoverBranch
 from coalesce.state import CoreState
@@ -122,7 +122,7 @@ class Fanout:
         watch.place = Place.AHEAD
         self._order += 1
         source.ahead_count += 1
-        watch.ahead = Ahead(watch.position, self._order, watch)
+        watch.ahead = AheadEntry(watch.position, self._order, watch)
         heapq.heappush(source.ahead, watch.ahead)
         if len(source.ahead) > 2 * source.ahead_count + 16:
             source.ahead = [entry for entry in source.ahead if entry.watch is not None]

@@ -42,14 +42,14 @@ class Replayed(NamedTuple):
     """Events examined, including those that the filters drop: the work done."""
 
 
-class Guard(NamedTuple):
+class EvictionHook(NamedTuple):
     """A callback before a history evicts events that held-back watches still need."""
 
     first_revision: int
-    """Batches that end below this revision are not guarded."""
+    """It is not called for batches that end below this revision."""
 
     on_eviction: Callable[[int], None]
-    """Called once, with the last revision of the batch to be evicted. It may set another guard, or drop the history."""
+    """Called once, with the last revision of the batch to be evicted. It may set another hook, or drop the history."""
 
 
 class History:
@@ -57,19 +57,19 @@ class History:
 
     __slots__ = (
         "_batches",
+        "_budget",
         "_gone",
         "_lasts",
-        "_ledger",
         "bytes",
+        "eviction_hook",
         "floor",
-        "guard",
         "has_prev_kv",
         "last_revision",
         "version",
     )
 
     def __init__(self, ledger: HistoryBudget, floor: int, has_prev_kv: bool) -> None:
-        self._ledger = ledger
+        self._budget = ledger
         self._batches: list[Batch] = []
         # Last revisions of the same batches, for lookups.
         self._lasts: list[int] = []
@@ -78,7 +78,7 @@ class History:
         # The first revision that can be replayed. It starts at the source's start, even without events there.
         self.floor = floor
         # None = no watch is held back.
-        self.guard: Guard | None = None
+        self.eviction_hook: EvictionHook | None = None
         # Revision of the newest event ever appended; 0 before the first.
         self.last_revision = 0
         # Memory of its batches.
@@ -124,7 +124,7 @@ class History:
         memory_bytes = batch.memory_bytes
         self.bytes += memory_bytes
         self.version += 1
-        ledger = self._ledger
+        ledger = self._budget
         batch.kept = kept = LedgerEntry(now, self)
         ledger.entries.append(kept)
         ledger.held += 1
@@ -142,9 +142,9 @@ class History:
     def evict_oldest(self) -> None:
         """Evict the oldest batch, and raise the floor above it."""
         batch = self._batches[self._gone]
-        if self.guard is not None and batch.last_revision >= self.guard.first_revision:
-            guard, self.guard = self.guard, None
-            guard.on_eviction(batch.last_revision)
+        if self.eviction_hook is not None and batch.last_revision >= self.eviction_hook.first_revision:
+            hook, self.eviction_hook = self.eviction_hook, None
+            hook.on_eviction(batch.last_revision)
             if batch.kept is None:
                 # The source has ended meanwhile.
                 return
@@ -154,7 +154,7 @@ class History:
         self.floor = batch.last_revision + 1
         self.bytes -= batch.memory_bytes
         self.version += 1
-        self._ledger.evicted(batch)
+        self._budget.evicted(batch)
         if self._gone > 32 and self._gone * 2 > len(self._batches):
             del self._batches[: self._gone]
             del self._lasts[: self._gone]
@@ -172,7 +172,7 @@ class History:
 
     def drop(self, floor: int) -> None:
         """Evict everything and continue at `floor`."""
-        self.guard = None
+        self.eviction_hook = None
         while len(self):
             self.evict_oldest()
         self.floor = floor

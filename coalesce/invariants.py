@@ -245,7 +245,7 @@ def _check_parked(state: CoreState, name: TrunkName, trunk: Trunk) -> None:
     _check_source(state, trunk)
     _need(21, name == trunk.name and name not in state.trunks, "a range has two trunks")
     _need(21, not trunk.watches and not trunk.joining and not trunk.backfills, "a parked trunk is in use")
-    _need(21, trunk.upstream.closed and trunk.upstream.fed is None, "a parked trunk has an upstream watch")
+    _need(21, trunk.upstream.closed and trunk.upstream.source is None, "a parked trunk has an upstream watch")
     _need(21, trunk.upgrade is None and trunk.notices is None and trunk.timer_at is None, "a parked trunk is in use")
 
 
@@ -288,9 +288,9 @@ def _check_upstreams(state: CoreState) -> None:
             if session.stalled or session in state.to_replay_later or not waiting:
                 continue
             _need(22, session in run.sessions, "a watch is not registered with the run it waits for")
-            guard = source.history.guard
+            hook = source.history.eviction_hook
             first = min(watch.position for watch in waiting)
-            guarded = guard is not None and first >= guard.first_revision
+            guarded = hook is not None and first >= hook.first_revision
             _need(22, guarded, "events that a watch waits for may be evicted")
     _need(12, expected.issuperset(state.to_ask), "a closed upstream watch is to be asked for progress")
     for source in _sources(state):

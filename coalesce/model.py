@@ -71,7 +71,7 @@ class Watch:
         # Its group while IN_STEP, else None.
         self.group: Group | None = None
         # Its entry in the heap while AHEAD, else None.
-        self.ahead: Ahead | None = None
+        self.ahead: AheadEntry | None = None
         # The first revision still needed, while not IN_STEP.
         self.position = position
         # One object for all three: with millions of watches, the numbers take a third of their memory.
@@ -152,7 +152,7 @@ class Group:
         return self._listed
 
 
-class Ahead:
+class AheadEntry:
     """A watch in the heap of its source; after the watch has left, the entry stays and is skipped."""
 
     __slots__ = ("order", "position", "watch")
@@ -163,7 +163,7 @@ class Ahead:
         self.order = order
         self.watch: Watch | None = watch  # None = it has left
 
-    def __lt__(self, other: Ahead) -> bool:
+    def __lt__(self, other: AheadEntry) -> bool:
         return (self.position, self.order) < (other.position, other.order)
 
 
@@ -280,19 +280,19 @@ class Upstream:
         "asked_at",
         "closed",
         "created",
-        "fed",
         "is_backfill",
         "key",
         "prev_kv",
         "range_end",
         "said_token",
         "shell",
+        "source",
         "start_revision",
     )
 
     def __init__(self, owner: Source, start_revision: int | None, prev_kv: bool, is_backfill: bool) -> None:
         # The source it feeds; None after that source has ended.
-        self.fed: Source | None = owner
+        self.source: Source | None = owner
         self.key = owner.key
         self.range_end = owner.range_end
         # None = now.
@@ -316,18 +316,18 @@ class Upstream:
     @property
     def owner(self) -> Source:
         """The source it feeds; must not be read after that source has ended."""
-        assert self.fed is not None, "its source has ended"
-        return self.fed
+        assert self.source is not None, "its source has ended"
+        return self.source
 
     def leave(self, owner: Source) -> None:
         """Drop the reference to an ended source, to break the reference cycle."""
-        if self.fed is owner:
-            self.fed = None
+        if self.source is owner:
+            self.source = None
 
     @property
     def watchers(self) -> int:
         """How many watches it serves."""
-        return 0 if self.fed is None else len(self.fed.watches)
+        return 0 if self.source is None else len(self.source.watches)
 
     @property
     def token(self) -> bytes | None:
@@ -338,7 +338,7 @@ class Upstream:
 
     def tokens(self) -> Iterator[bytes | None]:
         """Walk the tokens that etcd has not refused for this range."""
-        owner = self.fed
+        owner = self.source
         if owner is None:
             return
         refused = owner.refused_tokens
@@ -398,7 +398,7 @@ class Source:
         # The watches in step, by variant.
         self.groups: dict[int, Group] = {}
         # The watches ahead: a heap; entries of watches that left stay until they reach the top or are too many.
-        self.ahead: list[Ahead] = []
+        self.ahead: list[AheadEntry] = []
         self.ahead_count = 0
         # The response whose further pieces are still to come.
         self.run: FragmentRun | None = None
@@ -468,7 +468,7 @@ class Trunk(Source):
         # The second upstream watch, with prev_kv, that will replace the first one.
         self.upgrade: Backfill | None = None
         # Its watches that asked for progress_notify; None = there are none.
-        self.notices: Notices | None = None
+        self.notices: NotifiedWatches | None = None
         # When etcd last notified it, and how many events it had received by then.
         self.noticed_at = -1.0
         self.noticed_events = 0
@@ -552,7 +552,7 @@ class Backfill(Source):
 
 
 @dataclass(slots=True, eq=False)
-class Notices:
+class NotifiedWatches:
     """The watches of one trunk that asked for progress_notify, and the state of their last round."""
 
     trunk: Trunk

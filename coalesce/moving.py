@@ -17,7 +17,7 @@ from typing import Final
 from coalesce.cover import Cover, cover_name
 from coalesce.limits import CoreLimits
 from coalesce.model import Trunk, Watch
-from coalesce.notifying import Notifying
+from coalesce.notifying import ProgressNotifier
 from coalesce.place import Place
 from coalesce.placement import Placement
 from coalesce.progress_requests import ProgressRequests
@@ -32,7 +32,7 @@ LOOK_S: Final = 1.0
 EXAMINED_MAX: Final = 1000
 
 
-class Moving:
+class CoverMover:
     """Moves the watches of the trunks in `to_move`."""
 
     __slots__ = (
@@ -54,7 +54,7 @@ class Moving:
         state: CoreState,
         waiters: ProgressWaiters,
         requests: ProgressRequests,
-        notifying: Notifying,
+        notifying: ProgressNotifier,
         placement: Placement,
         trunks: Trunks,
     ) -> None:

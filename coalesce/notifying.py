@@ -7,9 +7,9 @@ etcd (api/v3rpc/watch.go, sendLoop), the first round after its create counts.
 
 Etcd skips an upstream watch that had events. On such a trunk a watch may still be quiet: its filters drop the events,
 or it is new. Then only the interval is missing, since the trunk's events prove its progress. The interval, or pace, is
-learnt from the time between etcd's notifications on any trunk without events in between (`Pace`), and the core makes
-its own rounds at that pace. Until it is known (this takes three notifications, and on a proxy all of whose trunks are
-busy there may never be one) rounds are made every UNKNOWN_PACE_S, which is no longer than any interval in use; but
+learnt from the time between notifications on any trunk without events in between (`NotifyInterval`), and the core
+makes its own rounds at that pace. Until it is known (this takes three notifications, and on a proxy all of whose trunks
+are busy there may never be one) rounds are made every UNKNOWN_PACE_S, which is no longer than any interval in use; but
 while a trunk is quiet and etcd does not notify it, the interval must be longer than half of that time, and the rounds
 become less frequent accordingly.
 
@@ -27,7 +27,7 @@ from operator import attrgetter
 
 from coalesce.batch import NotificationPayload
 from coalesce.effects import Deliver
-from coalesce.model import Notices, Trunk, Watch
+from coalesce.model import NotifiedWatches, Trunk, Watch
 from coalesce.progress_requests import ProgressRequests
 from coalesce.state import CoreState
 from coalesce.waiting import ProgressWaiters
@@ -51,7 +51,7 @@ WATCHES_PER_STEP = 1000
 _TRUNK_OF = attrgetter("trunk")
 
 
-class Pace:
+class NotifyInterval:
     """Etcd's interval of progress notifications, learnt from those on the current connection."""
 
     __slots__ = ("_last_s", "_longer_than_s", "_seconds", "_taken_at", "since")
@@ -108,7 +108,7 @@ def _is_quiet(watch: Watch, round_revision: int) -> bool:
     )
 
 
-class Notifying:
+class ProgressNotifier:
     """Makes rounds of progress over the watches that asked for it."""
 
     __slots__ = ("_requests", "_rounds", "_state", "_waiters", "pace")
@@ -117,7 +117,7 @@ class Notifying:
         self._state = state
         self._waiters = waiters
         self._requests = requests
-        self.pace = Pace()
+        self.pace = NotifyInterval()
         # Unfinished rounds: the remaining watches, and the trunk's revision at the round before.
         self._rounds: deque[tuple[Iterator[Watch], int]] = deque()
 
@@ -128,7 +128,7 @@ class Notifying:
         trunk = watch.trunk
         notices = trunk.notices
         if notices is None:
-            notices = trunk.notices = Notices(trunk, self._state.now, trunk.noticed_events)
+            notices = trunk.notices = NotifiedWatches(trunk, self._state.now, trunk.noticed_events)
             self._set_timer(notices)
         notices.add(watch)
 
@@ -174,7 +174,7 @@ class Notifying:
         for notices in islice(self._state.notices.due(self._state.now), WATCHES_PER_STEP):
             self._look(notices)
 
-    def _look(self, notices: Notices) -> None:
+    def _look(self, notices: NotifiedWatches) -> None:
         """If a round is due, make it, or request the progress it needs."""
         state, trunk, pace = self._state, notices.trunk, self.pace
         busy = trunk.events != notices.round_events
@@ -199,7 +199,7 @@ class Notifying:
         """Return the time after which a quiet trunk no longer waits for etcd's notification."""
         return self.pace.seconds * _OVERDUE if self.pace.is_known else _NEVER
 
-    def _ask(self, notices: Notices, patience_s: float) -> None:
+    def _ask(self, notices: NotifiedWatches, patience_s: float) -> None:
         """Let the round wait for progress that is as new as now; one that waits already keeps its request."""
         state = self._state
         if not notices.needs:
@@ -209,13 +209,13 @@ class Notifying:
             self._requests.want(notices.trunk.upstream)
         state.notices.start(notices, state.now + patience_s)
 
-    def _round(self, notices: Notices) -> None:
+    def _round(self, notices: NotifiedWatches) -> None:
         """Send progress to the quiet watches of a trunk."""
         self._rounds.append((iter(notices.candidates()), notices.round_revision))
         self._end_round(notices)
         self._deliver()
 
-    def _end_round(self, notices: Notices) -> None:
+    def _end_round(self, notices: NotifiedWatches) -> None:
         trunk = notices.trunk
         notices.round_at = self._state.now
         notices.round_revision = trunk.next_revision - 1
@@ -225,7 +225,7 @@ class Notifying:
         self._waiters.rounds.pop(notices, None)
         self._set_timer(notices)
 
-    def _set_timer(self, notices: Notices) -> None:
+    def _set_timer(self, notices: NotifiedWatches) -> None:
         """Check again when a round would be due on a busy trunk, since the trunk may be busy by then."""
         state = self._state
         setting_s, pace_s = self._setting_s(), self.pace.seconds

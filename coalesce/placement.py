@@ -64,7 +64,7 @@ class Placement:
                 self.detach(watch)
                 self.mark_lagging(watch)
             else:
-                self._house(watch)
+                self._assign_backfill(watch)
 
     def mark_lagging(self, watch: Watch) -> None:
         """Place an unplaced watch as lagging: in its session's turn it is replayed, or gets a new source."""
@@ -124,7 +124,7 @@ class Placement:
 
     # backfills
 
-    def _house(self, watch: Watch) -> None:
+    def _assign_backfill(self, watch: Watch) -> None:
         """Assign an unplaced watch to a backfill, or queue it for one. Its session must not be stalled."""
         state = self._state
         trunk = watch.trunk
@@ -391,7 +391,7 @@ class Placement:
         self._fanout.advance(trunk, upgrade.next_revision - 1)
         state.close_upstream(trunk.upstream)
         trunk.upstream = upgrade.upstream
-        trunk.upstream.fed = trunk
+        trunk.upstream.source = trunk
         trunk.prev_kv_from = prev_kv_from
         watches = list(upgrade.watches)
         for watch in watches:

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from coalesce.model import Session, Trunk, Watch
-from coalesce.notifying import Notifying
+from coalesce.notifying import ProgressNotifier
 from coalesce.progress_requests import ProgressRequests
 from coalesce.state import CoreState
 from coalesce.waiting import ProgressWaiters
@@ -41,7 +41,7 @@ class Progress:
     __slots__ = ("_bookmark_at", "_notifying", "_requests", "_state", "_waiters")
 
     def __init__(
-        self, state: CoreState, waiters: ProgressWaiters, requests: ProgressRequests, notifying: Notifying
+        self, state: CoreState, waiters: ProgressWaiters, requests: ProgressRequests, notifying: ProgressNotifier
     ) -> None:
         self._state = state
         self._waiters = waiters

@@ -22,7 +22,7 @@ from typing import Final
 
 from coalesce.batch import FRAGMENT, Payload
 from coalesce.effects import Deliver
-from coalesce.history import Guard, Replayed
+from coalesce.history import EvictionHook, Replayed
 from coalesce.model import Backfill, Group, Session, Source, Watch
 from coalesce.place import Place
 from coalesce.placement import Placement
@@ -213,11 +213,11 @@ class Replayer:
             self.replay_now(watch)
         self._state.end_run(source)
 
-    def guard(self, source: Source, position: int) -> None:
-        """Guard the history from this position on: held-back watches get their events before these are evicted."""
-        guard = source.history.guard
-        if guard is None or position < guard.first_revision:
-            source.history.guard = Guard(position, partial(self._release, source))
+    def hook_eviction(self, source: Source, position: int) -> None:
+        """Set a hook at this position: held-back watches get their events before these are evicted."""
+        hook = source.history.eviction_hook
+        if hook is None or position < hook.first_revision:
+            source.history.eviction_hook = EvictionHook(position, partial(self._release, source))
 
     def _release(self, source: Source, last_revision: int) -> None:
         """Before a history evicts the batch with this last revision, send it to the held-back watches."""
@@ -225,7 +225,7 @@ class Replayer:
         if any(watch.position <= last_revision for watch in held):
             self.break_run(source)
         elif held:
-            self.guard(source, min(watch.position for watch in held))
+            self.hook_eviction(source, min(watch.position for watch in held))
 
     def _held(self, source: Source) -> list[Watch]:
         """Return the watches that wait for the run of a source and can be sent its pieces now."""
@@ -247,7 +247,7 @@ class Replayer:
         assert source is not None, "it waits for the run of its source"
         assert source.run is not None, "it waits for a run"
         source.run.sessions[watch.session] = None
-        self.guard(source, watch.position)
+        self.hook_eviction(source, watch.position)
 
     def _waits_for_runs(self, session: Session) -> bool:
         """Whether all lagging watches of a session wait for runs; if so, the end of the first one replays it."""

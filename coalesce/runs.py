@@ -30,7 +30,7 @@ from coalesce.state import CoreState
 PATIENCE_S: Final = 1.0
 
 
-class Runs:
+class FragmentRuns:
     """Begins runs and ends them."""
 
     __slots__ = ("_placement", "_replayer", "_state")
@@ -55,7 +55,7 @@ class Runs:
             if not self._fits(run, batch):
                 return
             state.runs[source] = source.run = run
-            self._replayer.guard(source, source.next_revision)
+            self._replayer.hook_eviction(source, source.next_revision)
         run.at = state.now
         run.batches += 1
         run.bytes += batch.memory_bytes

@@ -9,7 +9,18 @@ from __future__ import annotations
 from coalesce.effects import CloseUpstream, Effect, EndSession, OpenUpstream, Send
 from coalesce.history import History, HistoryBudget
 from coalesce.limits import CoreLimits
-from coalesce.model import Backfill, FragmentRun, Group, Notices, PendingCreate, Session, Source, Trunk, Upstream, Watch
+from coalesce.model import (
+    Backfill,
+    FragmentRun,
+    Group,
+    NotifiedWatches,
+    PendingCreate,
+    Session,
+    Source,
+    Trunk,
+    Upstream,
+    Watch,
+)
 from coalesce.ranges import CoverBranch, CoverTable, TrunkName
 from coalesce.stats import Stats
 from coalesce.timers import Timers
@@ -94,7 +105,7 @@ class CoreState:
         # Trunks without watches.
         self.lingers: Timers[Trunk] = Timers()
         # Trunks with watches that asked for progress_notify.
-        self.notices: Timers[Notices] = Timers()
+        self.notices: Timers[NotifiedWatches] = Timers()
         # Sessions whose requests may be decided: at the end of this input, and at the next timer.
         self.to_advance: dict[Session, None] = {}
         self.to_advance_later: dict[Session, None] = {}

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
 
 
-class Timed(Protocol):
+class TimerSubject(Protocol):
     """A subject that a timer can be set for."""
 
     timer_at: float | None
 
 
-Subject = TypeVar("Subject", bound=Timed)
+Subject = TypeVar("Subject", bound=TimerSubject)
 
 
 class Timers(Generic[Subject]):

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 
 from coalesce.inputs import NO_WATCH_ID
-from coalesce.model import Blocker, Notices, Session, Trunk, Watch
+from coalesce.model import Blocker, NotifiedWatches, Session, Trunk, Watch
 from coalesce.state import CoreState
 
 _TARGETS_MAX = 64
@@ -63,7 +63,7 @@ class ProgressWaiters:
         self._state = state
         self.sessions: dict[Session, None] = {}
         # Notices whose round waits for progress.
-        self.rounds: dict[Notices, None] = {}
+        self.rounds: dict[NotifiedWatches, None] = {}
         self.targets = FreshnessTargets()
         # Blocked sessions by trunk. A trunk may be closed already, until its sessions are checked again.
         self._under: dict[Trunk, dict[Session, None]] = {}

@@ -17,7 +17,7 @@ from proxy import logs
 from proxy.admin import health
 from proxy.admin.self_probe import SelfProbe
 from proxy.auth.cn_guard import CommonNameGuard
-from proxy.auth.reads import Reader, ReaderSettings
+from proxy.auth.reads import AuthReader, ReaderSettings
 from proxy.listening.http1 import Http1
 from proxy.listening.listener import Listener
 from proxy.listening.settings import ListenerSettings
@@ -60,7 +60,7 @@ class Proxy:
     listener: Listener
     watches: watch_service.WatchService
     engine: Engine
-    reader: Reader
+    reader: AuthReader
     pool: Pool
     upstream: WatchClient
 
@@ -138,7 +138,7 @@ class Proxy:
         self.pool = Pool(self.endpoints, tls, settings, logs.logger("pool"))
         self.pool.when_available(self._upstream_changed)
         namespace = self._namespace
-        self.reader = Reader(self.pool, self._reader_settings, namespace)
+        self.reader = AuthReader(self.pool, self._reader_settings, namespace)
         self.listener = Listener(self._listener_settings)
         self.engine = Engine(Coalescer(self._limits), self.reader, self.listener)
         watch_log = logs.logger("upstream")

@@ -20,7 +20,7 @@ from coalesce.limits import CoreLimits
 from proxy import errors, server
 from proxy.admin import monitor, self_probe
 from proxy.cli.group import COMMANDS, cli
-from proxy.config.describing import Kind
+from proxy.config.describing import ValueSyntax
 from proxy.config.file import from_text
 from proxy.config.knobs import knobs
 from proxy.config.variables import problems_of
@@ -132,7 +132,7 @@ def test_every_default_is_that_of_the_setting(page: str) -> None:
     """`setting_s` (5 s) and `setting_max` (256 MiB) are written as everywhere."""
     by_key = {knob.key: knob for knob in knobs()}
     for key, shown in re.findall(r"`([a-z_]+)` \(([\d,.]+ ?\w+)\)", text_of(page)):
-        if key in by_key and by_key[key].kind in (Kind.SECONDS, Kind.BYTES, Kind.COUNT):
+        if key in by_key and by_key[key].kind in (ValueSyntax.SECONDS, ValueSyntax.BYTES, ValueSyntax.COUNT):
             assert from_text(by_key[key], shown.replace(" ", "").replace(",", "")) == by_key[key].default, key
 
 

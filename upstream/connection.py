@@ -38,10 +38,10 @@ from proto.http2 import (
     TooManyStreams,
 )
 from proto.http2.frames import FRAME_HEADER_BYTES
+from upstream.answer_due import AnswerDue
 from upstream.endpoints import Endpoint
 from upstream.errors import Unreachable, closed_early, explain_connect, not_http2
 from upstream.heads import STATUS_OF_RESET, number, status_of
-from upstream.owing import Owing
 from upstream.settings import ConnectionSettings
 from upstream.transport import Cork, open_transport
 
@@ -173,7 +173,7 @@ class ClientConnection(asyncio.Protocol):
             initial_window=settings.stream_window_bytes, connection_window=settings.connection_window_bytes
         )
         self.http2 = Connection(Role.CLIENT, limits.with_floods_at(settings.useless_frames_max))
-        self.owing = Owing(self.http2.streams)
+        self.answer_due = AnswerDue(self.http2.streams)
         self._settings = settings
         self._loop = loop
         self._transport: asyncio.Transport | None = None
@@ -182,8 +182,8 @@ class ClientConnection(asyncio.Protocol):
         # Bytes are being received: output is flushed afterwards.
         self._receiving = False
         self._flush_scheduled = False
-        # `hurry` has written output in this turn of the loop.
-        self._hurried = False
+        # `flush_now` has written output in this turn of the loop.
+        self._flushed_early = False
         # When bytes last arrived, in the time of the loop.
         self.heard_at = 0.0
         # When the unanswered PING was sent; None once any bytes arrived after it.
@@ -215,7 +215,7 @@ class ClientConnection(asyncio.Protocol):
         if self._over:
             return
         self.heard_at = self._loop.time()
-        self.owing.since = None
+        self.answer_due.since = None
         # Not by comparing times: on a fast network the answer arrives in the same tick of the loop's clock.
         self._pinged_at = None
         if self._first is not None:
@@ -299,7 +299,7 @@ class ClientConnection(asyncio.Protocol):
             raise NotSent(str(error) or type(error).__name__) from None
         call = UpstreamCall(self, stream, handler)
         stream.owner = call
-        self.owing.asked(self._loop.time())
+        self.answer_due.call_sent(self._loop.time())
         self._schedule_flush()
         if stream.id >= _STREAM_ID_WORN:
             self.ended_well = True
@@ -313,10 +313,10 @@ class ClientConnection(asyncio.Protocol):
         self._schedule_flush()
         return done
 
-    def hurry(self) -> None:
+    def flush_now(self) -> None:
         """Write the queued output now; output queued later in this turn of the loop is written at its end."""
-        if self._flush_scheduled and not self._receiving and not self._hurried:
-            self._hurried = True
+        if self._flush_scheduled and not self._receiving and not self._flushed_early:
+            self._flushed_early = True
             self._write_output()
 
     def reset(self, call: UpstreamCall, code: ErrorCode) -> None:
@@ -465,7 +465,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _flush(self) -> None:
         """Write all queued output now."""
-        self._flush_scheduled = self._hurried = False
+        self._flush_scheduled = self._flushed_early = False
         self._write_output()
 
     def _write_output(self) -> None:

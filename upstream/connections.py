@@ -89,7 +89,7 @@ class Connections:
         self._opening: asyncio.Task[None] | None = None
         self._backoff = Backoff(settings.backoff_first_s, settings.backoff_max_s)
         # The number of connections last logged; logged again when it doubles.
-        self._said = 1
+        self._logged_count = 1
         # Consecutive connections that closed before they were useful.
         self._useless = 0
         # The next attempt after a failure.
@@ -125,8 +125,8 @@ class Connections:
         return sum(connection.open_calls for connection in self)
 
     def owes_answer(self, now: float) -> bool:
-        """Whether the server may hang; see `owing`."""
-        return any(connection.owing.owes(now) for connection in self._open)
+        """Whether the server may hang; see `answer_due`."""
+        return any(connection.answer_due.is_overdue(now) for connection in self._open)
 
     def pick(self, own: bool = False) -> ClientConnection | None:
         """
@@ -210,9 +210,9 @@ class Connections:
         else:
             self._opening = None
             self._add(connection)
-            if len(self._open) >= 2 * self._said:
-                self._said = len(self._open)
-                self._log.info("more connections to etcd", endpoint=self.endpoint.text, connections=self._said)
+            if len(self._open) >= 2 * self._logged_count:
+                self._logged_count = len(self._open)
+                self._log.info("more connections to etcd", endpoint=self.endpoint.text, connections=self._logged_count)
             self._report_room()
 
     def _try_again(self) -> None:

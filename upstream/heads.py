@@ -45,7 +45,7 @@ def loop_text(hops: int, endpoints: Iterable[str]) -> str:
     return f"the call has passed through {hops} proxies, in a loop by way of {there}: check their --endpoints"
 
 
-class Origin(Protocol):
+class RequestConnection(Protocol):
     """The connection that a call is sent on."""
 
     @property
@@ -56,7 +56,7 @@ class Origin(Protocol):
 
 
 def request_headers(
-    connection: Origin,
+    connection: RequestConnection,
     path: bytes,
     metadata: Sequence[tuple[bytes, bytes]] = (),
     timeout: bytes | None = None,

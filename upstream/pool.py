@@ -171,7 +171,7 @@ class Pool:
             return False
         for slot in self._slots:
             if slot.endpoint == connection.endpoint:
-                slot.doubt(text)
+                slot.on_suspicious_answer(text)
         return is_refused_unserved(text) and any(slot.fitness is Fitness.SERVES for slot in self._serving)
 
     def states(self) -> list[EndpointState]:

@@ -108,7 +108,7 @@ class Slot:
             self._looked_at = now
             self._look = asyncio.get_running_loop().create_task(self._look_at(), name=f"look at {self.endpoint.text}")
 
-    def doubt(self, text: str) -> None:
+    def on_suspicious_answer(self, text: str) -> None:
         """Handle an answer of the member which shows that it does not serve, or may not."""
         if text == etcd_errors.LEARNER:
             self._set_fitness(Fitness.LEARNER)

@@ -114,7 +114,7 @@ def start_unary(
     framed = frame(message)
     call.write((framed,), len(framed), end=True)
     # A read of "now" must be sent before what the client sends after its create.
-    connection.hurry()
+    connection.flush_now()
     return unary
 
 

@@ -19,8 +19,8 @@ from coalesce.guarantees.life import (
     Canceled,
     Created,
     Life,
-    Mark,
     Opened,
+    ProgressMark,
     Received,
     ReceivedResponse,
     Reopened,
@@ -29,7 +29,7 @@ from coalesce.guarantees.life import (
     WatchRecord,
     span_changes,
 )
-from coalesce.guarantees.truth import DELETE, PUT, Change, Previous, Truth, WatchedRange, in_range
+from coalesce.guarantees.truth import DELETE, PUT, Change, PreviousValue, Truth, WatchedRange, in_range
 
 __all__ = [
     "DELETE",
@@ -41,7 +41,7 @@ __all__ = [
     "Created",
     "Life",
     "Opened",
-    "Previous",
+    "PreviousValue",
     "Received",
     "Reopened",
     "Truth",
@@ -128,7 +128,7 @@ def bookmarkable(life: Life) -> list[Violation]:
     for span in life.spans:
         marked = event = 0
         for item in span.items:
-            if isinstance(item, Mark):
+            if isinstance(item, ProgressMark):
                 if item.revision < marked:
                     found.append(Violation("bookmarkable", f"progress {item.revision} after progress {marked}"))
                 elif item.revision < event:

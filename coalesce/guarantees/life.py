@@ -90,7 +90,7 @@ class ReceivedResponse(NamedTuple):
     floor: int  # the start revision of its create or reopen
 
 
-class Mark(NamedTuple):
+class ProgressMark(NamedTuple):
     """A progress response, and the lowest revision it may have at this place."""
 
     revision: int
@@ -103,7 +103,7 @@ class WatchSpan:
 
     # First revision owed; None until the `created` header of a watch from now is known.
     start: int | None
-    items: list[ReceivedResponse | Mark] = field(default_factory=list)
+    items: list[ReceivedResponse | ProgressMark] = field(default_factory=list)
     # (start revision, number of items before it) of each session in the span, its first included.
     sessions: list[tuple[int, int]] = field(default_factory=list)
     last_event: int = 0
@@ -179,7 +179,7 @@ class Life:
             # A watch from now has everything through its created header; any other begins at the revision it named.
             floor = (span.sessions[-1][0] if span.sessions else 0) - span.from_now
             span.regular &= record.revision >= max(floor, span.last_mark, span.last_event)
-            span.items.append(Mark(record.revision, floor))
+            span.items.append(ProgressMark(record.revision, floor))
             span.last_mark = max(span.last_mark, record.revision)
 
     def _received(self, record: Received) -> None:

@@ -15,7 +15,7 @@ PUT = 0
 DELETE = 1
 
 
-class Previous(NamedTuple):
+class PreviousValue(NamedTuple):
     """The value a key had before a change (prev_kv)."""
 
     value: bytes
@@ -39,7 +39,7 @@ class Change(NamedTuple):
     mod_revision: int
     version: int
     lease: int
-    prev: Previous | None = None
+    prev: PreviousValue | None = None
 
 
 @dataclass(slots=True)
@@ -87,7 +87,7 @@ class Truth:
     def _add(self, change: Change, before: Change | None) -> None:
         if change.prev is None:
             if before is not None and before.kind == PUT:
-                change = change._replace(prev=Previous(*before[2:7]))
+                change = change._replace(prev=PreviousValue(*before[2:7]))
             elif change.kind == DELETE or change.version > 1:
                 self._prev_unknown.add((change.mod_revision, change.key))
         self._by_identity[change.mod_revision, change.key] = change

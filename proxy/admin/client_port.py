@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from proxy.admin.http import HttpConnection, HttpServer, Page
+    from proxy.admin.http import AdminResponse, HttpConnection, HttpServer
 
 METRICS_AGE_S: Final = 1.0
 """For how long the same page of metrics is sent again."""
 
-OwnPages = tuple[Callable[[], "Page"], Callable[[], "Page"]]
+OwnPages = tuple[Callable[[], "AdminResponse"], Callable[[], "AdminResponse"]]
 """They make the metrics and the health."""
 
 
@@ -27,7 +27,7 @@ class ClientPages:
         """`make` is called at the first request."""
         self._make = make
         self._server: HttpServer | None = None
-        self._last: tuple[float, Page] | None = None
+        self._last: tuple[float, AdminResponse] | None = None
 
     def __call__(self) -> HttpConnection:
         """Return a protocol for a connection that asks for one of the pages."""
@@ -49,7 +49,7 @@ class ClientPages:
             for connection in tuple(self._server.connections):
                 connection.close()
 
-    def _recent(self, metrics: Callable[[], Page]) -> Page:
+    def _recent(self, metrics: Callable[[], AdminResponse]) -> AdminResponse:
         now = asyncio.get_running_loop().time()
         if self._last is None or now - self._last[0] > METRICS_AGE_S:
             self._last = now, metrics()

@@ -28,7 +28,7 @@ REQUEST_BYTES_MAX: Final = 16 * 1024
 log = logs.logger("admin")
 
 
-class Page(NamedTuple):
+class AdminResponse(NamedTuple):
     """An answer: its body, and what describes it."""
 
     body: bytes
@@ -37,7 +37,7 @@ class Page(NamedTuple):
     headers: Mapping[str, str] = {}
 
 
-Pages = Mapping[str, Callable[[], Page]]
+Pages = Mapping[str, Callable[[], AdminResponse]]
 """By path: makes the page."""
 
 
@@ -65,19 +65,19 @@ class HttpServer:
         for connection in tuple(self.connections):
             connection.close()
 
-    def page(self, method: bytes, path: str) -> Page:
+    def page(self, method: bytes, path: str) -> AdminResponse:
         """Make the answer to a request."""
         make = self.pages.get(path)
         if make is None:
-            return Page(b"404: not found\n", status=HTTPStatus.NOT_FOUND)
+            return AdminResponse(b"404: not found\n", status=HTTPStatus.NOT_FOUND)
         if method not in (b"GET", b"HEAD"):
             allow = {"Allow": "GET, HEAD"}
-            return Page(b"405: only GET and HEAD\n", status=HTTPStatus.METHOD_NOT_ALLOWED, headers=allow)
+            return AdminResponse(b"405: only GET and HEAD\n", status=HTTPStatus.METHOD_NOT_ALLOWED, headers=allow)
         try:
             return make()
         except Exception:
             log.exception("a page of the admin port failed", path=path)
-            return Page(b"500: the page failed; see the log\n", status=HTTPStatus.INTERNAL_SERVER_ERROR)
+            return AdminResponse(b"500: the page failed; see the log\n", status=HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
 class HttpConnection(asyncio.Protocol):
@@ -161,10 +161,10 @@ class HttpConnection(asyncio.Protocol):
         """Answer a request that is not valid HTTP/1.1, and close."""
         if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             text = f"{error.error_status_hint}: {error}\n".encode()
-            self._send(Page(text, status=error.error_status_hint), False)
+            self._send(AdminResponse(text, status=error.error_status_hint), False)
         self.close()
 
-    def _send(self, page: Page, head_only: bool) -> None:
+    def _send(self, page: AdminResponse, head_only: bool) -> None:
         headers = [("Content-Type", page.content_type), ("Content-Length", str(len(page.body))), *page.headers.items()]
         reason = HTTPStatus(page.status).phrase.encode()
         out = self._http.send(h11.Response(status_code=page.status, headers=headers, reason=reason)) or b""

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from proxy.admin.delays import Histogram
 from proxy.admin.monitor import Monitor
 from proxy.admin.snapshot import Snapshot
-from proxy.admin.whole import Whole
+from proxy.admin.whole import AllProcesses
 from proxy.config.knobs import Knob
 from proxy.listening.call_metrics import BOUNDS_S, METHODS
 from proxy.process import descriptors
@@ -230,7 +230,7 @@ PROCESS_GAUGES = {
 }
 
 
-def _processes(whole: Whole) -> Iterator[Metric]:
+def _processes(whole: AllProcesses) -> Iterator[Metric]:
     """Yield the metrics that are shown by process, with --workers, and those that every process has, for the whole."""
     processes = whole.views()
     for field, (name, text) in PROCESS_GAUGES.items():

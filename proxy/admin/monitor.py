@@ -22,8 +22,8 @@ from proxy.admin import memory
 from proxy.admin.clients import clients
 from proxy.admin.delays import BOUNDS_S, Histogram, LoopDelay, quantile, watch_deliveries
 from proxy.admin.snapshot import Snapshot, SnapshotSource
-from proxy.admin.views import Clients, EndpointView, Overview, Point, ProcessView, SessionView, TrunkView
-from proxy.admin.whole import Details, ProcessReport, Whole
+from proxy.admin.views import Clients, EndpointView, HistoryPoint, Overview, ProcessView, SessionView, TrunkView
+from proxy.admin.whole import AllProcesses, ProcessReport, WorkerDetails
 from proxy.config import knobs
 from proxy.process import descriptors
 
@@ -56,7 +56,7 @@ class Monitor:
         proxy: Proxy,
         address: str,
         limits: Callable[[], Mapping[str, float]] = limits_by_default,
-        whole: Whole | None = None,
+        whole: AllProcesses | None = None,
     ) -> None:
         """`whole`: the reports of all processes, if this proxy is the hub: then everything here is about the whole."""
         self._proxy = proxy
@@ -66,8 +66,8 @@ class Monitor:
         self._source = SnapshotSource(proxy, address)
         self._own_deliveries = watch_deliveries(proxy.listener, proxy.engine)
         self._own_loop = LoopDelay(self._tick)
-        self.points: deque[Point] = deque(maxlen=STEPS_KEPT)
-        self._details = Details()
+        self.points: deque[HistoryPoint] = deque(maxlen=STEPS_KEPT)
+        self._details = WorkerDetails()
         self._details_at = float("-inf")
         self._descriptors = 0
         self._step_at = time.monotonic()
@@ -107,7 +107,7 @@ class Monitor:
             self._details_at = now
             self._descriptors = descriptors.in_use()
             if self.whole is None:
-                self._details = Details(
+                self._details = WorkerDetails(
                     sessions=self.slowest_sessions(),
                     clients=self.clients(CLIENTS_SHOWN).clients,
                     watches={each.range: each.watches for each in self._trunks()},
@@ -213,7 +213,7 @@ class Monitor:
         counts = list(self.delivery_delay.counts)
         fresh = [after - was for after, was in zip(counts, self._step_counts, strict=True)]
         self.points.append(
-            Point(
+            HistoryPoint(
                 at=round(time.time(), 1),
                 watches=now.watches,
                 upstream_watches=now.upstream_watches,

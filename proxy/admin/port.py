@@ -22,7 +22,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 
 from proxy.admin.client_port import ClientPages
 from proxy.admin.health import BUNDLED_STORE
-from proxy.admin.http import HttpServer, Page
+from proxy.admin.http import AdminResponse, HttpServer
 from proxy.admin.metrics import ProxyCollector
 from proxy.admin.monitor import Monitor, limits_by_default
 from proxy.config.values import Address
@@ -63,17 +63,17 @@ class Exposition:
         if self.monitor.whole is None:
             ProcessCollector(registry=self._registry)
 
-    def metrics(self) -> Page:
+    def metrics(self) -> AdminResponse:
         """Make the page for Prometheus."""
-        return Page(generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4)
+        return AdminResponse(generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4)
 
-    def health(self) -> Page:
+    def health(self) -> AdminResponse:
         """Answer in the format of etcd's /health, so that its probes work unchanged: whether it serves, or why not."""
         snapshot = self.monitor.take()
         reason = snapshot.reason or (BUNDLED_STORE if snapshot.bundled_store else "")
         body = msgspec.json.encode({"health": str(snapshot.serving).lower(), "reason": reason})
         status = HTTPStatus.OK if snapshot.serving else HTTPStatus.SERVICE_UNAVAILABLE
-        return Page(body, "application/json", status)
+        return AdminResponse(body, "application/json", status)
 
 
 class Admin:
@@ -96,7 +96,7 @@ class Admin:
         self._starts_monitor = monitor is None
         self._sockets = sockets
         self._listen = listen
-        pages: dict[str, Callable[[], Page]] = {
+        pages: dict[str, Callable[[], AdminResponse]] = {
             "/metrics": shown.metrics,
             "/proxy/metrics": shown.metrics,
             "/health": shown.health,
@@ -127,21 +127,21 @@ class Admin:
         self.monitor.stop()
         await self._server.stop()
 
-    def _live(self) -> Page:
+    def _live(self) -> AdminResponse:
         """Report whether the proxy works, according to its self-probe; a blocked event loop does not answer at all.
 
         An unreachable etcd does not count, because restarting the proxy would not help.
         """
         hung = self.monitor.hung
         status = HTTPStatus.SERVICE_UNAVAILABLE if hung else HTTPStatus.OK
-        return Page(f"{hung or 'ok'}\n".encode(), status=status)
+        return AdminResponse(f"{hung or 'ok'}\n".encode(), status=status)
 
 
-def _json(value: msgspec.Struct) -> Page:
-    return Page(msgspec.json.encode(value), "application/json", headers=HEADERS)
+def _json(value: msgspec.Struct) -> AdminResponse:
+    return AdminResponse(msgspec.json.encode(value), "application/json", headers=HEADERS)
 
 
-def _file(name: str, kind: str) -> Page:
+def _file(name: str, kind: str) -> AdminResponse:
     """Return a file of proxy/admin/pages."""
     body = resources.files("proxy.admin").joinpath("pages", name).read_bytes()
-    return Page(body, f"{kind}; charset=utf-8", headers=HEADERS)
+    return AdminResponse(body, f"{kind}; charset=utf-8", headers=HEADERS)

@@ -9,7 +9,7 @@ import msgspec
 from proxy.admin.snapshot import Snapshot
 
 
-class Point(msgspec.Struct, frozen=True, kw_only=True):
+class HistoryPoint(msgspec.Struct, frozen=True, kw_only=True):
     """One step of the history: gauges at its end, rates over it. Delays in seconds; None if nothing was delivered."""
 
     at: float
@@ -111,7 +111,7 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     trunks: list[TrunkView]
     sessions: list[SessionView]
     clients: list[ClientView]
-    points: list[Point]
+    points: list[HistoryPoint]
     step_s: float
     limits: Mapping[str, float]
     processes: list[ProcessView] = []

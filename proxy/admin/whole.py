@@ -57,7 +57,7 @@ COVER_SUMS: Final = frozenset(
 """Fields of a cover that are the sum over the workers."""
 
 
-class Details(msgspec.Struct, kw_only=True, frozen=True):
+class WorkerDetails(msgspec.Struct, kw_only=True, frozen=True):
     """What a worker reports of single clients and ranges."""
 
     sessions: list[SessionView] = []
@@ -80,10 +80,10 @@ class ProcessReport(msgspec.Struct, kw_only=True):
     loop_sum_s: float = 0.0
     descriptors: int = 0
     """Open file descriptors."""
-    details: Details = Details()
+    details: WorkerDetails = WorkerDetails()
 
 
-class Beat(msgspec.Struct, kw_only=True):
+class Heartbeat(msgspec.Struct, kw_only=True):
     """The report of a process to its parent, every few seconds."""
 
     problem: str = ""
@@ -97,7 +97,7 @@ class Beat(msgspec.Struct, kw_only=True):
     """A `ProcessReport`."""
 
 
-class Order(msgspec.Struct, kw_only=True):
+class ParentMessage(msgspec.Struct, kw_only=True):
     """A message of the parent to a process: changed settings (pickled, in base64), or what it knows of all of them."""
 
     settings: str = ""
@@ -218,7 +218,7 @@ def added(counts: Iterable[Sequence[int]]) -> list[int]:
     return [sum(same) for same in zip_longest(*counts, fillvalue=0)]
 
 
-class Whole:
+class AllProcesses:
     """What the parent knows of all processes, as the hub has it."""
 
     def __init__(
@@ -237,7 +237,7 @@ class Whole:
         self._raw = list(reports)
         self._reports: list[ProcessReport] | None = None
 
-    def learn(self, order: Order) -> None:
+    def learn(self, order: ParentMessage) -> None:
         """Take the newest reports."""
         if order.reports is not None:
             self._raw, self._reports = order.reports, None

@@ -20,7 +20,7 @@ from proto.framing import Status
 from proto.http2 import Stream
 from proxy import logs
 from proxy.auth.common_name import common_name
-from proxy.auth.reads import INVALID_USER, Reader
+from proxy.auth.reads import INVALID_USER, AuthReader
 from proxy.listening.calls import CallRefusal, ConnectionHandle, Handler, HandlerFactory, Headers
 
 TOKEN_NAMES = frozenset({b"token", b"authorization"})
@@ -32,7 +32,7 @@ log = logs.logger("guard")
 class CommonNameGuard:
     """Prevents etcd from taking the CN of the proxy's certificate as the user of clients' calls."""
 
-    def __init__(self, reader: Reader, certificate: str, changed: Callable[[], None]) -> None:
+    def __init__(self, reader: AuthReader, certificate: str, changed: Callable[[], None]) -> None:
         """`certificate`: its PEM file. `changed` is called when `problem` changes."""
         self.problem = ""
         """Why all calls are refused; "" if they are not."""

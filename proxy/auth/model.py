@@ -94,7 +94,7 @@ class Recheck(PermissionCheck):
         return [DisconnectSession(self._session, outcome)] if isinstance(outcome, CreateRefusal) else []
 
 
-class Call:
+class AuthCall:
     """One transaction that executes nothing, or, as a `login`, an attempt to log in as a user that does not exist."""
 
     __slots__ = ("backoff", "began_at", "begun", "linearizable", "login", "query", "ranges", "token")
@@ -113,7 +113,7 @@ class Call:
         self.began_at = 0.0
 
     @classmethod
-    def by(cls, query: Query, asked: AuthScope) -> Call:
+    def by(cls, query: Query, asked: AuthScope) -> AuthCall:
         """Return a call with the token and the range of an `AuthScope`."""
         return cls(query, asked.token, (asked[1:],))
 
@@ -122,7 +122,7 @@ class Call:
 class SendCall:
     """Make a call: now, or `later`, after a delay that grows with each failure of this call."""
 
-    call: Call
+    call: AuthCall
     later: bool = False
 
 

@@ -26,7 +26,7 @@ from coalesce.inputs import Granted
 from proto.etcd_errors import OLD_AUTH_REVISION, TOO_MANY_OPS
 from proto.framing import Status
 from proto.scan import Header
-from proxy.auth.model import Call, Outcome, PermissionCheck, Query, QueryEffect, Range, SendCall, refusal_of
+from proxy.auth.model import AuthCall, Outcome, PermissionCheck, Query, QueryEffect, Range, SendCall, refusal_of
 from upstream.attempts import is_about_request, is_about_server, is_too_large
 
 RANGES_MAX: Final = 128
@@ -64,7 +64,7 @@ class CheckBatch(Query):
         super().__init__()
         self.line = line
         self.waiting = waiting
-        self.call = Call(self, line.token, tuple(waiting))
+        self.call = AuthCall(self, line.token, tuple(waiting))
         # Checks with a higher number arrived after the call was sent and are not answered by it.
         self.sent_number = 0
         # The standing whose slot it holds; None if it holds no slot.

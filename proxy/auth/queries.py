@@ -27,7 +27,7 @@ from proxy.auth.admitted import AdmittedSessions
 from proxy.auth.model import (
     AnswerCheck,
     AnswerRead,
-    Call,
+    AuthCall,
     DisconnectSession,
     PermissionCheck,
     Query,
@@ -63,7 +63,7 @@ class RevisionRead(Query):
         # Ids of the sessions whose tokens were refused.
         self._refused: set[int] = set()
 
-    def asker(self, auth_on: bool) -> Call | None:
+    def asker(self, auth_on: bool) -> AuthCall | None:
         """Choose which client's token to read with; None if no client is waiting. With auth off none is needed."""
         waiting = [
             create
@@ -74,14 +74,14 @@ class RevisionRead(Query):
         if not waiting:
             return None
         if not auth_on:
-            return Call.by(self, AuthScope())
+            return AuthCall.by(self, AuthScope())
         permitted = [create for create in waiting if create.refusal is None]
         if not permitted:
             # All are refused already and only need a header for the refusal.
-            return Call(self, None, NO_RIGHT)
+            return AuthCall(self, None, NO_RIGHT)
         create = next((create for create in permitted if create.session.identity.token is not None), permitted[0])
         self.asking = create.session
-        return Call(self, create.session.identity.token, ((create.key, create.range_end),))
+        return AuthCall(self, create.session.identity.token, ((create.key, create.range_end),))
 
     def refused(self, whole_token: bool) -> list[Session]:
         """Return the sessions to refuse, since the token used was refused; they are left out of further reads.
@@ -172,7 +172,7 @@ class Queries:
             return []
         self._probe = AuthProbe()
         self._probe.waiting.append(check)
-        return [SendCall(Call(self._probe, None, (AuthScope()[1:],), login=self.named))]
+        return [SendCall(AuthCall(self._probe, None, (AuthScope()[1:],), login=self.named))]
 
     def connected(self) -> None:
         """There is a new connection for the watches; call `prove` until the store behind it is known."""
@@ -184,7 +184,7 @@ class Queries:
         if not self.auth_on:
             # With auth off no permission is needed, so a client's range is not read.
             rights = [AuthScope() if asked.token is None else asked for asked in rights]
-        return [SendCall(Call.by(RestoreCheck(self.rollback), asked)) for asked in rights]
+        return [SendCall(AuthCall.by(RestoreCheck(self.rollback), asked)) for asked in rights]
 
     def other_history(self, header: Header) -> None:
         """The store has been replaced: earlier answers prove nothing about the new one."""
@@ -195,7 +195,7 @@ class Queries:
         """Forget a session that has ended."""
         self._let_in.forget(session)
 
-    def begin(self, call: Call, known: int, at: float) -> None:
+    def begin(self, call: AuthCall, known: int, at: float) -> None:
         """A call is sent now; `known` is the newest revision that the watches have seen."""
         call.begun, call.began_at = self.rollback.begin(known), at
         query = call.query
@@ -206,12 +206,12 @@ class Queries:
         elif isinstance(query, CheckBatch):
             self.checks.sent(query)
 
-    def answered(self, call: Call, header: Header) -> list[QueryEffect]:
+    def answered(self, call: AuthCall, header: Header) -> list[QueryEffect]:
         """etcd answered a call."""
         query = call.query
         if call.login:
             # etcd accepted a user that does not exist, which proves nothing: probe without logging in.
-            return [SendCall(Call(query, call.token, call.ranges))]
+            return [SendCall(AuthCall(query, call.token, call.ranges))]
         if self.rollback.is_stale(call.begun):
             # The answer may come from the store before the restore, so its revision is not valid here.
             return [SendCall(call)]
@@ -235,13 +235,13 @@ class Queries:
             effects += self._probed(query, call, header)
         return effects
 
-    def failed(self, call: Call, status: int, text: str, *, leaderless: bool = False) -> list[QueryEffect]:
+    def failed(self, call: AuthCall, status: int, text: str, *, leaderless: bool = False) -> list[QueryEffect]:
         """etcd refused a call, or the call failed at every endpoint; `leaderless`: no endpoint has a leader."""
         query = call.query
         if call.login:
             if status == Status.INVALID_ARGUMENT and isinstance(query, AuthProbe):
                 return self._probed(query, call, refusal_of(Status.INVALID_ARGUMENT, etcd_errors.USER_EMPTY))
-            return [SendCall(Call(query, call.token, call.ranges))]
+            return [SendCall(AuthCall(query, call.token, call.ranges))]
         if isinstance(query, CheckBatch):
             return self.checks.failed(query, status, text)
         if is_about_request(status, text):
@@ -252,7 +252,7 @@ class Queries:
         call.linearizable = True
         return [SendCall(call, later=True)]
 
-    def again(self, call: Call) -> list[QueryEffect]:
+    def again(self, call: AuthCall) -> list[QueryEffect]:
         """The delay after a failure is over: retry the call if its answer is still wanted."""
         query = call.query
         if isinstance(query, CheckBatch):
@@ -270,7 +270,7 @@ class Queries:
             self._probe = None
         return []
 
-    def _refused(self, query: Query, call: Call, status: int, text: str) -> list[QueryEffect]:
+    def _refused(self, query: Query, call: AuthCall, status: int, text: str) -> list[QueryEffect]:
         refusal = refusal_of(status, text)
         if isinstance(query, AuthProbe):
             return self._probed(query, call, refusal)
@@ -301,7 +301,7 @@ class Queries:
                 effects += self.checks.add(Recheck(session, AuthScope(token, *each)))
         return effects
 
-    def _probed(self, probe: AuthProbe, call: Call, answer: Header | CreateRefusal) -> list[QueryEffect]:
+    def _probed(self, probe: AuthProbe, call: AuthCall, answer: Header | CreateRefusal) -> list[QueryEffect]:
         """The probe has been answered: answer all checks that wait for it."""
         self._probe = None
         if isinstance(answer, CreateRefusal):

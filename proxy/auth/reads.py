@@ -30,7 +30,7 @@ from proxy import logs
 from proxy.auth.model import (
     AnswerCheck,
     AnswerRead,
-    Call,
+    AuthCall,
     DisconnectSession,
     Outcome,
     PermissionCheck,
@@ -70,7 +70,7 @@ class SentCall(Protocol):
         """Abort the call; it is not answered."""
 
 
-class Sender(Protocol):
+class CallSender(Protocol):
     """The part of `upstream.pool.Pool` that is used here."""
 
     def ask(
@@ -130,11 +130,11 @@ class ReadListener(Protocol):
         """The store's revision went backwards."""
 
 
-class Reader:
+class AuthReader:
     """Makes calls and retries them until there is an answer; the listener gets one for each query that stays wanted."""
 
     def __init__(
-        self, pool: Sender, settings: ReaderSettings | None = None, namespace: Namespace | None = None
+        self, pool: CallSender, settings: ReaderSettings | None = None, namespace: Namespace | None = None
     ) -> None:
         self.settings = settings or ReaderSettings()
         self.reads = 0
@@ -152,9 +152,9 @@ class Reader:
         # The transaction of nearly all calls while auth is off.
         self._usual = self._transaction(_ANY_RANGE, True)
         self._loop = asyncio.get_running_loop()
-        self._asking: dict[Call, SentCall] = {}
+        self._asking: dict[AuthCall, SentCall] = {}
         """Calls in flight."""
-        self._pausing: dict[Call, asyncio.TimerHandle] = {}
+        self._pausing: dict[AuthCall, asyncio.TimerHandle] = {}
         """Failed calls that wait for their retry."""
         self._answers: deque[deque[QueryEffect]] = deque()
         """Answers to be delivered, grouped by the call that caused them."""
@@ -294,7 +294,7 @@ class Reader:
                 log.error("etcd's revision went backwards; watches are cancelled", from_revision=known, to_revision=now)
                 listener.went_back(effect.header)
 
-    def _ask(self, call: Call, later: bool) -> None:
+    def _ask(self, call: AuthCall, later: bool) -> None:
         """Make one call, now or after a delay."""
         if later:
             if call.backoff is None:
@@ -315,11 +315,11 @@ class Reader:
             path, message, metadata, self.settings.timeout_s, partial(self._outcome, call), has_leader=has_leader
         )
 
-    def _ask_again(self, call: Call) -> None:
+    def _ask_again(self, call: AuthCall) -> None:
         del self._pausing[call]
         self._do(self.queries.again(call))
 
-    def _outcome(self, call: Call, outcome: Answer | CallFailed) -> None:
+    def _outcome(self, call: AuthCall, outcome: Answer | CallFailed) -> None:
         """Handle the outcome of a call; an exception in it must not break the connection to etcd."""
         self._asking.pop(call, None)
         try:
@@ -327,7 +327,7 @@ class Reader:
         except Exception:
             log.exception("unexpected error in a read")
 
-    def _follow(self, call: Call, outcome: Answer | CallFailed) -> None:
+    def _follow(self, call: AuthCall, outcome: Answer | CallFailed) -> None:
         if isinstance(outcome, CallFailed):
             log.debug("read failed", status=outcome.status, reason=outcome.text)
             self.failed[status_name(outcome.status)] += 1

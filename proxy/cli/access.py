@@ -12,7 +12,7 @@ from proxy.config.values import ENV_PREFIX
 from proxy.errors import WRONG_REQUEST, Failed
 
 if TYPE_CHECKING:
-    from proxy.measuring.load.target import Access
+    from proxy.measuring.load.target import ConnectionFiles
 
 PASSWORD_ENV = ENV_PREFIX + "PASSWORD"
 
@@ -44,9 +44,9 @@ def access_options(user_of: str) -> Callable[[Callable[..., Any]], Callable[...,
     return add
 
 
-def _access(cacert: str, cert: str, key: str, user: str, password: str) -> Access:
+def _access(cacert: str, cert: str, key: str, user: str, password: str) -> ConnectionFiles:
     """Check the files and ask for a password that is missing. Raises Failed."""
-    from proxy.measuring.load.target import Access
+    from proxy.measuring.load.target import ConnectionFiles
     from upstream.errors import BadTls
 
     if bool(cert) != bool(key):
@@ -54,7 +54,7 @@ def _access(cacert: str, cert: str, key: str, user: str, password: str) -> Acces
     name, colon, after = user.partition(":")
     if user and not colon:
         after = password or click.prompt(f"Password of {name}", hide_input=True, err=True)
-    access = Access(cacert=cacert, cert=cert, key=key, user=name, password=after)
+    access = ConnectionFiles(cacert=cacert, cert=cert, key=key, user=name, password=after)
     if cacert or cert:
         try:
             access.http_context()

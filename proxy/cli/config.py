@@ -13,7 +13,7 @@ import click
 
 from proxy.cli.knobs import effective_of, knob_options
 from proxy.cli.strict import StrictCommand
-from proxy.config.file import ConfigError, gather
+from proxy.config.file import ConfigError, merge_settings
 from proxy.config.rendering import render_effective, render_example
 from proxy.errors import WRONG_REQUEST, Failed
 
@@ -56,7 +56,7 @@ def command(ctx: click.Context, /, path: str | None, without_files: bool, effect
         click.echo(render_example(), nl=False)
     else:
         try:
-            gather({}, Path(path), [], look_at_files=not without_files)
+            merge_settings({}, Path(path), [], look_at_files=not without_files)
         except ConfigError as error:
             raise Failed(str(error), WRONG_REQUEST) from None
         click.echo(f"{path}: valid")

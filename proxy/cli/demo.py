@@ -11,7 +11,7 @@ from proxy.cli.strict import StrictCommand
 from proxy.errors import FAILURE
 
 if TYPE_CHECKING:
-    from proxy.measuring.load.target import Access
+    from proxy.measuring.load.target import ConnectionFiles
 
 
 @click.command(name="demo", cls=StrictCommand)
@@ -35,7 +35,7 @@ def command(
     streams: int,
     seconds: float,
     as_json: bool,
-    access: Access,
+    access: ConnectionFiles,
 ) -> int:
     """Demonstrate watchmux with real processes, in half a minute.
 
@@ -57,7 +57,7 @@ def command(
     from proxy.cli.load import cover_of, run_load, shape_of, targets_of
     from proxy.measuring.demo import SLOW_S, run_demo, show_result
     from proxy.measuring.load.show import ProgressBars
-    from proxy.measuring.load.stage import Stage
+    from proxy.measuring.load.stage import LoadStage
 
     shape = shape_of(watches=watches, ranges=ranges, streams=streams, pause_s=SLOW_S, unique=unique or cover)
     prefix = cover_of(cover=cover, access=access)
@@ -66,7 +66,7 @@ def command(
     async def run() -> int:
         with ProgressBars() as bars:
             bars.step("Starting the proxy" if upstream else "Starting a store and a proxy", 1)
-            async with Stage(upstream, cover=prefix) as stage:
+            async with LoadStage(upstream, cover=prefix) as stage:
                 result = await run_demo(stage, shape, seconds, bars, endpoints)
         if as_json:
             click.echo(msgspec.json.format(msgspec.json.encode(result)).decode())

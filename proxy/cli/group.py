@@ -17,18 +17,18 @@ import click
 from proxy.errors import INTERRUPTED, WRONG_REQUEST, Failed, complain
 
 
-class _Place(NamedTuple):
+class _FlagPlace(NamedTuple):
     module: str
     help: str
 
 
 COMMANDS = {
-    "serve": _Place("proxy.cli.serve", "Run the proxy in front of etcd."),
-    "store": _Place("proxy.cli.store", "Run the bundled etcd-compatible store standalone."),
-    "demo": _Place("proxy.cli.demo", "Demonstrate the proxy with real processes, in half a minute."),
-    "measure": _Place("proxy.cli.measure", "Measure the load on etcd without and with the proxy."),
-    "status": _Place("proxy.cli.status", "Show the status of a running proxy."),
-    "config": _Place("proxy.cli.config", "Print or check a configuration file."),
+    "serve": _FlagPlace("proxy.cli.serve", "Run the proxy in front of etcd."),
+    "store": _FlagPlace("proxy.cli.store", "Run the bundled etcd-compatible store standalone."),
+    "demo": _FlagPlace("proxy.cli.demo", "Demonstrate the proxy with real processes, in half a minute."),
+    "measure": _FlagPlace("proxy.cli.measure", "Measure the load on etcd without and with the proxy."),
+    "status": _FlagPlace("proxy.cli.status", "Show the status of a running proxy."),
+    "config": _FlagPlace("proxy.cli.config", "Print or check a configuration file."),
 }
 
 

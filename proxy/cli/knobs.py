@@ -17,8 +17,8 @@ from click.core import ParameterSource
 
 from proxy.cli.strict import EmptyOption, StrictCommand
 from proxy.config.advice import advice
-from proxy.config.describing import Kind
-from proxy.config.file import ConfigError, Given, from_text, gather, parse_switch
+from proxy.config.describing import ValueSyntax
+from proxy.config.file import ConfigError, ConfiguredValue, from_text, merge_settings, parse_switch
 from proxy.config.knobs import Knob, Settings, knobs, tables
 from proxy.config.values import BadValue, show_duration, show_size
 from proxy.config.variables import CONFIG_ENV, problems_of
@@ -77,7 +77,7 @@ def _parameter(knob: Knob) -> str:
 
 
 def _option(knob: Knob) -> Callable[[Function], Function]:
-    switch = _SWITCH if knob.kind is Kind.SWITCH else {}
+    switch = _SWITCH if knob.kind is ValueSyntax.SWITCH else {}
     choices = f"[{'|'.join(knob.choices)}]" if knob.choices else "[true|false]" if switch else ""
     return click.option(
         knob.flag,
@@ -85,8 +85,8 @@ def _option(knob: Knob) -> Callable[[Function], Function]:
         envvar=knob.env,
         # A list may be given in parts, as in etcd. Its variable is not split at spaces, as click would do.
         type=_WHOLE,
-        multiple=knob.kind in (Kind.ENDPOINTS, Kind.PREFIXES),
-        cls=EmptyOption if knob.kind is Kind.PREFIXES else click.Option,
+        multiple=knob.kind in (ValueSyntax.ENDPOINTS, ValueSyntax.PREFIXES),
+        cls=EmptyOption if knob.kind is ValueSyntax.PREFIXES else click.Option,
         metavar=choices or knob.kind.value.upper(),
         help=f"{knob.about.text}{_default(knob)}",
         **switch,
@@ -105,11 +105,11 @@ def _default(knob: Knob) -> str:
     if knob.default in ("", []) or knob.default is False:
         return ""
     match knob.kind:
-        case Kind.SECONDS:
+        case ValueSyntax.SECONDS:
             shown = show_duration(knob.default)
-        case Kind.BYTES:
+        case ValueSyntax.BYTES:
             shown = show_size(knob.default)
-        case Kind.SWITCH:
+        case ValueSyntax.SWITCH:
             shown = "true"
         case _:
             shown = str(knob.default)
@@ -154,7 +154,7 @@ def settings_of(ctx: click.Context) -> tuple[Settings, list[str]]:
 
 def effective_of(
     ctx: click.Context, path: Path | None = None, *, look_at_files: bool = True
-) -> tuple[Settings, dict[str, Given]]:
+) -> tuple[Settings, dict[str, ConfiguredValue]]:
     """Return the settings and those values that are given, with their origins; `path`: the file, if not --config.
 
     Raises Failed, as `settings_of`.
@@ -166,7 +166,7 @@ def effective_of(
     if path is None and _is_given(ctx, "config"):
         path = Path(ctx.params["config"])
     try:
-        return gather(above, path, problems, look_at_files=look_at_files)
+        return merge_settings(above, path, problems, look_at_files=look_at_files)
     except ConfigError as error:
         raise Failed(str(error), WRONG_REQUEST) from None
 
@@ -175,24 +175,26 @@ def _is_given(ctx: click.Context, name: str) -> bool:
     return ctx.get_parameter_source(name) in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 
 
-def _above(ctx: click.Context, problems: list[str]) -> dict[str, Given]:
+def _above(ctx: click.Context, problems: list[str]) -> dict[str, ConfiguredValue]:
     """Return the values of flags and variables; append a line for each that cannot be converted."""
-    above: dict[str, Given] = {}
+    above: dict[str, ConfiguredValue] = {}
     for name, origin, knob in _given_knobs(ctx):
         value = ctx.params[name]
         try:
-            if knob.kind is Kind.PREFIXES:
+            if knob.kind is ValueSyntax.PREFIXES:
                 # A flag is one prefix, with any characters; a variable separates several by commas.
                 parts = value if origin == knob.flag else ",".join(value).split(",")
-                above[knob.path] = Given(list(parts), origin)
+                above[knob.path] = ConfiguredValue(list(parts), origin)
             else:
-                above[knob.path] = Given(from_text(knob, value if isinstance(value, str) else ",".join(value)), origin)
+                above[knob.path] = ConfiguredValue(
+                    from_text(knob, value if isinstance(value, str) else ",".join(value)), origin
+                )
         except BadValue as error:
             problems.append(f"{origin}: {error}")
     if _is_given(ctx, "debug"):
         try:
             if parse_switch(ctx.params["debug"]):
-                above.setdefault("log.log_level", Given("debug", "--debug"))
+                above.setdefault("log.log_level", ConfiguredValue("debug", "--debug"))
         except BadValue as error:
             problems.append(f"--debug: {error}")
     return above

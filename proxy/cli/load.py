@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 
 from proxy.errors import WRONG_REQUEST, Failed
 from proxy.measuring.load.judge import NoTruth
-from proxy.measuring.load.plan import ROOT, Shape
+from proxy.measuring.load.plan import ROOT, LoadShape
 from proxy.measuring.load.prometheus import NoMetrics
 from proxy.measuring.load.run import LoadFailed
-from proxy.measuring.load.target import Access, LoadTarget, LoginFailed
+from proxy.measuring.load.target import ConnectionFiles, LoadTarget, LoginFailed
 from proxy.measuring.load.writer import WriteFailed
 from proxy.process.child import ChildFailed
 from upstream.endpoints import parse_endpoints
@@ -26,7 +26,7 @@ STREAMS_PER_CHANNEL = 5
 PROCESSES_MAX = 4
 
 
-def cover_of(*, cover: bool, access: Access) -> bytes | None:
+def cover_of(*, cover: bool, access: ConnectionFiles) -> bytes | None:
     """Return the cover of the proxy that is started. Raises Failed if etcd would refuse it."""
     if cover and access.user:
         problem = "--cover: etcd checks it with the user of the proxy, and the one that is started has none; start one"
@@ -36,7 +36,7 @@ def cover_of(*, cover: bool, access: Access) -> bytes | None:
 
 def shape_of(
     *, watches: int, ranges: int, streams: int, pause_s: float = 0.0, plain: bool = False, unique: bool = False
-) -> Shape:
+) -> LoadShape:
     """Return the shape of a load: several streams share a connection, and each core runs a client process.
 
     There are at most as many streams as watches.
@@ -44,7 +44,7 @@ def shape_of(
     streams = min(streams, watches)
     channels = max(1, streams // STREAMS_PER_CHANNEL)
     processes = min(PROCESSES_MAX, os.cpu_count() or 1, channels)
-    return Shape(
+    return LoadShape(
         watches=watches,
         ranges=watches if unique else ranges,
         streams=streams,
@@ -56,7 +56,7 @@ def shape_of(
     )
 
 
-def targets_of(flag: str, text: str, access: Access) -> list[LoadTarget]:
+def targets_of(flag: str, text: str, access: ConnectionFiles) -> list[LoadTarget]:
     """Return every endpoint as a target. Raises Failed."""
     try:
         endpoints = parse_endpoints(text)

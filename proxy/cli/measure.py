@@ -13,7 +13,7 @@ from proxy.errors import FAILURE, WRONG_REQUEST, Failed
 
 if TYPE_CHECKING:
     from proxy.measuring.comparison import Comparison
-    from proxy.measuring.load.target import Access
+    from proxy.measuring.load.target import ConnectionFiles
     from proxy.measuring.measure import Measurement
     from proxy.measuring.observe import Observation
 
@@ -61,7 +61,7 @@ def command(
     proxy_metrics: str | None,
     report: str | None,
     as_json: bool,
-    access: Access,
+    access: ConnectionFiles,
 ) -> int:
     """Measure the load on etcd without and with the proxy: same clients, same writes, counted by etcd itself.
 
@@ -79,7 +79,7 @@ def command(
     """
     from proxy.cli.load import cover_of, metrics_urls, run_load, shape_of, targets_of
     from proxy.measuring.load.show import ProgressBars
-    from proxy.measuring.load.stage import Stage
+    from proxy.measuring.load.stage import LoadStage
     from proxy.measuring.measure import compare, run_measure
 
     _check_together(upstream, upstream_metrics, proxy, observe, proxy_metrics, cover)
@@ -99,7 +99,7 @@ def command(
 
     async def run() -> int:
         with ProgressBars() as bars:
-            async with Stage(next(iter(etcds), None), next(iter(urls), None), in_front, proxy_url, prefix) as stage:
+            async with LoadStage(next(iter(etcds), None), next(iter(urls), None), in_front, proxy_url, prefix) as stage:
                 measured = await run_measure(stage, shape, 5.0 if seconds is None else seconds, rate, bars)
         _show(measured, compare(measured), report, as_json)
         return 0 if measured.faultless else FAILURE
@@ -140,7 +140,7 @@ def _check_writable(path: Path) -> None:
         raise Failed(f"--report: cannot write {path}: {(error.strerror or '').lower()}", WRONG_REQUEST) from None
 
 
-async def _observe(pages: list[str], access: Access, seconds: float, report: str | None, as_json: bool) -> int:
+async def _observe(pages: list[str], access: ConnectionFiles, seconds: float, report: str | None, as_json: bool) -> int:
     """Observe; the last of `pages` is the proxy's."""
     from proxy.measuring.load.prometheus import MetricsPage
     from proxy.measuring.load.show import ProgressBars

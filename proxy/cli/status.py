@@ -12,7 +12,7 @@ from proxy.config.values import BadValue, parse_address
 from proxy.errors import FAILURE, WRONG_REQUEST, Failed
 
 if TYPE_CHECKING:
-    from proxy.measuring.load.target import Access
+    from proxy.measuring.load.target import ConnectionFiles
 
 
 @click.command(name="status", cls=StrictCommand)
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--clients", "of_clients", is_flag=True, help="Show the client connections instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print the status, or the clients, as JSON.")
 @access_options("User for HTTP basic authentication")
-def command(address: str, live: bool, of_clients: bool, as_json: bool, access: Access) -> int:
+def command(address: str, live: bool, of_clients: bool, as_json: bool, access: ConnectionFiles) -> int:
     """Show the status of a running proxy; HOST:PORT is its --metrics-addr.
 
     Exit code 1 if the proxy does not serve or does not answer. --watch goes on while it does not answer.

@@ -92,7 +92,7 @@ def command(
 async def _run(settings: StoreSettings, parent_fd: int | None) -> None:
     import asyncio
 
-    from proxy.process.child import Parent, Ready, on_signals
+    from proxy.process.child import ChildReady, Parent, on_signals
     from upstream.store.journal import StoreDataError
     from upstream.store.server import Store, StoreListenError, join_address
 
@@ -109,7 +109,7 @@ async def _run(settings: StoreSettings, parent_fd: int | None) -> None:
     metrics = ""
     if settings.metrics_addr and store.metrics_port:
         metrics = join_address(parse_address(settings.metrics_addr, listening=True).host, store.metrics_port)
-    parent.write_line(Ready(address=store.endpoint, metrics=metrics))
+    parent.write_line(ChildReady(address=store.endpoint, metrics=metrics))
     if parent_fd is None:
         where = f", data in {settings.data_dir}" if settings.data_dir else ", in memory only"
         where += f", metrics at {metrics}" if metrics else ""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 KIB = 1024
 
 
-class Kind(Enum):
+class ValueSyntax(Enum):
     """The syntax of a setting's value in a flag and in the file."""
 
     TEXT = "text"
@@ -35,7 +35,7 @@ class SettingDescription:
     text: str
     """The help."""
 
-    kind: Kind | None
+    kind: ValueSyntax | None
     """None: it follows from the field's name and type."""
 
     bounds: Mapping[str, float]
@@ -57,7 +57,7 @@ class SettingDescription:
 def knob(
     default: object,
     text: str,
-    kind: Kind | None = None,
+    kind: ValueSyntax | None = None,
     *,
     from_etcd: bool = False,
     reloaded: bool = False,
@@ -74,12 +74,12 @@ def knob(
     return field(default=default, metadata={"about": about})
 
 
-def kind_of(name: str, hint: Any) -> Kind:
+def kind_of(name: str, hint: Any) -> ValueSyntax:
     """Return the syntax of a setting that does not name it: numbers have their unit in their name."""
     if typing.get_origin(hint) is Literal:
-        return Kind.CHOICE
+        return ValueSyntax.CHOICE
     if hint is float:
-        return Kind.SECONDS
+        return ValueSyntax.SECONDS
     if hint is int:
-        return Kind.BYTES if "bytes" in name.split("_") else Kind.COUNT
-    return {bool: Kind.SWITCH, str: Kind.TEXT}.get(hint, Kind.ENDPOINTS)
+        return ValueSyntax.BYTES if "bytes" in name.split("_") else ValueSyntax.COUNT
+    return {bool: ValueSyntax.SWITCH, str: ValueSyntax.TEXT}.get(hint, ValueSyntax.ENDPOINTS)

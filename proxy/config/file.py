@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from proxy.config.describing import Kind
+from proxy.config.describing import ValueSyntax
 from proxy.config.knobs import Knob, Settings, knobs, tables
 from proxy.config.values import (
     COUNT_MAX,
@@ -41,7 +41,7 @@ _SAME_CHOICE = {"warning": "warn", "dpanic": "fatal", "panic": "fatal"}
 """Other names for a choice; those of the log levels are zap's, which etcd uses."""
 
 _TOML_PLACE = re.compile(r"\s*\(at line (\d+), column (\d+)\)")
-_LARGEST = {Kind.SECONDS: SECONDS_MAX}
+_LARGEST = {ValueSyntax.SECONDS: SECONDS_MAX}
 _BOUNDS = {"ge": (">=", operator.ge), "gt": (">", operator.gt), "le": ("<=", operator.le)}
 
 
@@ -49,7 +49,7 @@ class ConfigError(ValueError):
     """Invalid settings; each line of the text is a complete message, including the origin of the value."""
 
 
-class Given(msgspec.Struct, frozen=True):
+class ConfiguredValue(msgspec.Struct, frozen=True):
     """A value and its origin: `--linger`, `WATCHMUX_LINGER`, `watchmux.toml:7: watch.linger_s`."""
 
     value: Any
@@ -62,22 +62,22 @@ def from_text(knob: Knob, text: str) -> Any:
     Raises BadValue.
     """
     match knob.kind:
-        case Kind.SECONDS:
+        case ValueSyntax.SECONDS:
             return parse_duration_s(text)
-        case Kind.BYTES:
+        case ValueSyntax.BYTES:
             return parse_size_bytes(text)
-        case Kind.COUNT:
+        case ValueSyntax.COUNT:
             try:
                 return int(text.replace("_", ""))
             except ValueError:
                 raise BadValue(f"expected {expectation(knob)}, got {shortened(text)}") from None
-        case Kind.SWITCH:
+        case ValueSyntax.SWITCH:
             return parse_switch(text)
-        case Kind.CHOICE:
+        case ValueSyntax.CHOICE:
             return same_choice(knob, text)
-        case Kind.ENDPOINTS:
+        case ValueSyntax.ENDPOINTS:
             return [part.strip() for part in text.split(",") if part.strip()]
-        case Kind.PREFIXES:
+        case ValueSyntax.PREFIXES:
             return [text]
         case _:
             return text
@@ -101,26 +101,26 @@ def expectation(knob: Knob) -> str:
     """Describe the allowed values of a setting, in the file's units."""
     bounds = [f"{_BOUNDS[name][0]} {bound}" for name, bound in knob.about.bounds.items()]
     plain = {
-        Kind.SECONDS: "a number of seconds",
-        Kind.BYTES: "a whole number of bytes",
-        Kind.COUNT: "a whole number",
-        Kind.SWITCH: "true or false",
-        Kind.CHOICE: "one of " + ", ".join(knob.choices),
-        Kind.ENDPOINTS: 'a list of strings like ["127.0.0.1:2379"]',
-        Kind.PREFIXES: 'a list of strings like ["/services/"]',
+        ValueSyntax.SECONDS: "a number of seconds",
+        ValueSyntax.BYTES: "a whole number of bytes",
+        ValueSyntax.COUNT: "a whole number",
+        ValueSyntax.SWITCH: "true or false",
+        ValueSyntax.CHOICE: "one of " + ", ".join(knob.choices),
+        ValueSyntax.ENDPOINTS: 'a list of strings like ["127.0.0.1:2379"]',
+        ValueSyntax.PREFIXES: 'a list of strings like ["/services/"]',
     }.get(knob.kind, "a string")
     return " ".join([plain, " and ".join(bounds)]).strip()
 
 
-def check_value(knob: Knob, given: Given, *, look_at_files: bool = True) -> Any:
+def check_value(knob: Knob, given: ConfiguredValue, *, look_at_files: bool = True) -> Any:
     """Return the value, checked and converted for its field of Settings.
 
     Raises ConfigError.
     """
-    if _is_empty(given.value) and knob.kind is not Kind.PREFIXES:
+    if _is_empty(given.value) and knob.kind is not ValueSyntax.PREFIXES:
         raise ConfigError(f"{given.origin}: is empty; give it a value or remove it")
-    if knob.kind is Kind.CHOICE and isinstance(given.value, str):
-        given = Given(same_choice(knob, given.value), given.origin)
+    if knob.kind is ValueSyntax.CHOICE and isinstance(given.value, str):
+        given = ConfiguredValue(same_choice(knob, given.value), given.origin)
     try:
         value = msgspec.convert(given.value, knob.type, strict=True)
         if isinstance(value, float) and not math.isfinite(value):
@@ -131,16 +131,16 @@ def check_value(knob: Knob, given: Given, *, look_at_files: bool = True) -> Any:
             raise ConfigError(f"{given.origin}: {_shown(given.value)} is too large; the maximum is {largest}")
     except msgspec.ValidationError:
         raise ConfigError(f"{given.origin}: expected {expectation(knob)}, got {_shown(given.value)}") from None
-    checks: dict[Kind, Callable[[Any], object]] = {
-        Kind.ADDRESS: parse_listen_address,
-        Kind.METRICS_ADDRESS: parse_metrics_address,
-        Kind.CLIENT_URL: client_url,
-        Kind.FILE: check_readable,
-        Kind.ENDPOINTS: _check_endpoints,
-        Kind.PREFIXES: _check_prefixes,
+    checks: dict[ValueSyntax, Callable[[Any], object]] = {
+        ValueSyntax.ADDRESS: parse_listen_address,
+        ValueSyntax.METRICS_ADDRESS: parse_metrics_address,
+        ValueSyntax.CLIENT_URL: client_url,
+        ValueSyntax.FILE: check_readable,
+        ValueSyntax.ENDPOINTS: _check_endpoints,
+        ValueSyntax.PREFIXES: _check_prefixes,
     }
     try:
-        if value and knob.kind in checks and (look_at_files or knob.kind is not Kind.FILE):
+        if value and knob.kind in checks and (look_at_files or knob.kind is not ValueSyntax.FILE):
             checks[knob.kind](value)
     except ValueError as error:
         raise ConfigError(f"{given.origin}: {error}") from None
@@ -174,7 +174,7 @@ def _check_prefixes(prefixes: list[str]) -> None:
         raise BadValue(f"{repeated!r} is given twice; give each prefix once")
 
 
-def read_file(path: Path) -> dict[str, Given]:
+def read_file(path: Path) -> dict[str, ConfiguredValue]:
     """Read a configuration file into values by `table.key`, without converting them.
 
     Raises ConfigError for a file that cannot be read, is not TOML, or has unknown tables or keys.
@@ -190,7 +190,7 @@ def _raise(problems: list[str]) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _read(path: Path, problems: list[str]) -> dict[str, Given]:
+def _read(path: Path, problems: list[str]) -> dict[str, ConfiguredValue]:
     """Read the file; append a line for each unknown table or key. Raises ConfigError for a file that is not TOML."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -207,7 +207,7 @@ def _read(path: Path, problems: list[str]) -> dict[str, Given]:
     except (ValueError, RecursionError):
         # tomllib lets these through: int() refuses more than 4,300 digits, and nested values exhaust the stack.
         raise ConfigError(f"{path}: not TOML: a number has too many digits, or values are nested too deeply") from None
-    given: dict[str, Given] = {}
+    given: dict[str, ConfiguredValue] = {}
     by_path = {knob.path: knob for knob in knobs()}
     for table, content in document.items():
         if table not in tables():
@@ -223,7 +223,7 @@ def _read(path: Path, problems: list[str]) -> dict[str, Given]:
                 known = [knob.key for knob in knobs() if knob.table == table]
                 problems.append(f"{where}: unknown key {key!r} in [{table}]{_hint(key, known, table)}")
                 continue
-            given[name] = Given(value, f"{where}: {name}")
+            given[name] = ConfiguredValue(value, f"{where}: {name}")
     return given
 
 
@@ -262,7 +262,9 @@ def _place(path: Path, text: str, table: str, key: str) -> str:
     return str(path)
 
 
-def layer(above: Mapping[str, Given], below: Mapping[str, Given], *, look_at_files: bool = True) -> Settings:
+def layer(
+    above: Mapping[str, ConfiguredValue], below: Mapping[str, ConfiguredValue], *, look_at_files: bool = True
+) -> Settings:
     """Build the settings: `above` (flags and variables) overrides `below` (the file), which overrides the defaults.
 
     Both map `table.key` to a value of the setting's type. With `look_at_files` False, certificates need not exist, for
@@ -274,9 +276,9 @@ def layer(above: Mapping[str, Given], below: Mapping[str, Given], *, look_at_fil
     return settings
 
 
-def gather(
-    above: Mapping[str, Given], path: Path | None, problems: list[str], *, look_at_files: bool = True
-) -> tuple[Settings, dict[str, Given]]:
+def merge_settings(
+    above: Mapping[str, ConfiguredValue], path: Path | None, problems: list[str], *, look_at_files: bool = True
+) -> tuple[Settings, dict[str, ConfiguredValue]]:
     """Read the file at `path` below `above`, as `layer` does; return the settings and all given values.
 
     `problems` are those already found; they are raised together with those found here. Raises ConfigError.
@@ -290,7 +292,7 @@ def gather(
     return settings, merged
 
 
-def _build(merged: Mapping[str, Given], problems: list[str], look_at_files: bool) -> Settings:
+def _build(merged: Mapping[str, ConfiguredValue], problems: list[str], look_at_files: bool) -> Settings:
     """Check all values, then those that depend on each other, and append a line for each problem."""
     values: dict[str, dict[str, Any]] = {table: {} for table in tables()}
     wrong = set()
@@ -310,11 +312,11 @@ def _build(merged: Mapping[str, Given], problems: list[str], look_at_files: bool
     return settings
 
 
-def _origin(path: str, given: Mapping[str, Given]) -> str:
+def _origin(path: str, given: Mapping[str, ConfiguredValue]) -> str:
     return given[path].origin if path in given else next(knob.flag for knob in knobs() if knob.path == path)
 
 
-def _check_together(settings: Settings, given: Mapping[str, Given], wrong: set[str]) -> Iterator[str]:
+def _check_together(settings: Settings, given: Mapping[str, ConfiguredValue], wrong: set[str]) -> Iterator[str]:
     """Check combinations: settings that require each other, and one address used twice; yield the problems.
 
     `wrong`: values that were refused and say nothing here.
@@ -350,7 +352,7 @@ def _overlap(one: str, other: str) -> bool:
     return one == other or not {one, other}.isdisjoint(("", "0.0.0.0", "::"))
 
 
-def _check_certificates(settings: Settings, given: Mapping[str, Given]) -> Iterator[str]:
+def _check_certificates(settings: Settings, given: Mapping[str, ConfiguredValue]) -> Iterator[str]:
     """Load all TLS files, so that a bad one is refused at start and not at the first handshake; yield the problems."""
     upstream, listener = settings.upstream, settings.listener
     if not (upstream.cert or upstream.cacert or listener.cert_file):

@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any, Literal
 
 from coalesce.limits import CoreLimits
-from proxy.config.describing import KIB, Kind, SettingDescription, kind_of, knob
+from proxy.config.describing import KIB, SettingDescription, ValueSyntax, kind_of, knob
 from proxy.config.values import ENV_PREFIX
 from proxy.listening.settings import ListenerSettings
 from proxy.passthrough.settings import PassthroughSettings
@@ -73,20 +73,20 @@ class UpstreamTable:
     cacert: str = knob(
         "",
         "CA bundle (PEM) to verify etcd's certificates with.",
-        Kind.FILE,
+        ValueSyntax.FILE,
         from_etcd=True,
     )
     cert: str = knob(
         "",
         "Client certificate (PEM) to present to etcd. If auth is enabled in etcd, the certificate must have no CN: "
         "etcd would take the CN as the user of every call that passes through.",
-        Kind.FILE,
+        ValueSyntax.FILE,
         from_etcd=True,
     )
     key: str = knob(
         "",
         "Private key (PEM) of --cert.",
-        Kind.FILE,
+        ValueSyntax.FILE,
         from_etcd=True,
     )
     user: str = knob(
@@ -171,7 +171,7 @@ class ListenerTable:
         "127.0.0.1:23790",
         "Address to listen on for clients: HOST:PORT, :PORT (all interfaces) or unix:///PATH. Port 0: any free "
         "port; the log shows it.",
-        Kind.ADDRESS,
+        ValueSyntax.ADDRESS,
         from_etcd=True,
     )
     workers: int = knob(
@@ -188,25 +188,25 @@ class ListenerTable:
         "the client URL of every member, so that clients that take their endpoints from the cluster (AutoSync, "
         "etcdctl --cluster) stay on the proxy; the log and the status show it too. Not set: MemberList "
         "returns etcd's own list.",
-        Kind.CLIENT_URL,
+        ValueSyntax.CLIENT_URL,
         from_etcd=True,
     )
     cert_file: str = knob(
         "",
         "Server certificate (PEM, with its chain); enables TLS for clients.",
-        Kind.FILE,
+        ValueSyntax.FILE,
         from_etcd=True,
     )
     key_file: str = knob(
         "",
         "Private key (PEM) of --cert-file.",
-        Kind.FILE,
+        ValueSyntax.FILE,
         from_etcd=True,
     )
     trusted_ca_file: str = knob(
         "",
         "CA bundle (PEM); clients must present a certificate signed by one of these CAs.",
-        Kind.FILE,
+        ValueSyntax.FILE,
         from_etcd=True,
     )
     tls_min_version: Literal["TLS1.2", "TLS1.3"] = knob(
@@ -292,7 +292,7 @@ class WatchTable:
         "For many clients that each watch keys of their own. With --namespace the prefix is that of the clients' keys. "
         'An empty prefix covers all keys; in the file: cover = ["/services/"]. If etcd has auth enabled, --user must '
         "be allowed to read the prefix.",
-        Kind.PREFIXES,
+        ValueSyntax.PREFIXES,
         reloaded=True,
     )
     linger_s: float = knob(
@@ -419,7 +419,7 @@ class AdminTable:
         "",
         "Address of the plain-text HTTP server for the status page, /metrics and health checks (/livez, /readyz, "
         "/health). Port 0: any free port; the log shows it. Not set: disabled.",
-        Kind.METRICS_ADDRESS,
+        ValueSyntax.METRICS_ADDRESS,
         from_etcd=True,
     )
     probe_interval_s: float = knob(
@@ -449,7 +449,7 @@ class Knob:
     key: str
     flag: str
     env: str
-    kind: Kind
+    kind: ValueSyntax
     default: Any
     type: Any
     about: SettingDescription
@@ -462,7 +462,7 @@ class Knob:
     @property
     def choices(self) -> tuple[str, ...]:
         """The allowed values of a setting of kind CHOICE; empty for other kinds."""
-        return typing.get_args(self.type) if self.kind is Kind.CHOICE else ()
+        return typing.get_args(self.type) if self.kind is ValueSyntax.CHOICE else ()
 
     def of(self, settings: Settings) -> Any:
         """Return its value in `settings`."""
@@ -487,7 +487,7 @@ def _walk() -> Iterator[Knob]:
             about: SettingDescription = one.metadata["about"]
             kind = about.kind or kind_of(one.name, types[one.name])
             # `lagging_age_s_max` becomes --lagging-age-max: a duration flag accepts any unit.
-            name = re.sub(r"_s(?=_|$)", "", one.name) if kind is Kind.SECONDS else one.name
+            name = re.sub(r"_s(?=_|$)", "", one.name) if kind is ValueSyntax.SECONDS else one.name
             yield Knob(
                 table=table,
                 key=one.name,

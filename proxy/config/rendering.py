@@ -9,8 +9,8 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from proxy.config.describing import Kind
-from proxy.config.file import Given
+from proxy.config.describing import ValueSyntax
+from proxy.config.file import ConfiguredValue
 from proxy.config.knobs import Settings, knobs, tables
 from proxy.config.values import show_size
 
@@ -34,14 +34,14 @@ def render_example() -> str:
         for knob in (knob for knob in knobs() if knob.table == table):
             lines += ["", *(f"# {line}" for line in textwrap.wrap(knob.about.text, _WIDTH - 2, break_on_hyphens=False))]
             note = f"   one of: {', '.join(knob.choices)}" if knob.choices else ""
-            if knob.kind is Kind.BYTES:
+            if knob.kind is ValueSyntax.BYTES:
                 note = f"   ({show_size(knob.default)})"
             unset = "# " if knob.default in ("", []) else ""
             lines += [f"# {knob.flag}   {knob.env}{note}", f"{unset}{knob.key} = {_toml(knob.default)}"]
     return "\n".join(lines) + "\n"
 
 
-def render_effective(settings: Settings, given: Mapping[str, Given]) -> str:
+def render_effective(settings: Settings, given: Mapping[str, ConfiguredValue]) -> str:
     """Render the settings in force as a configuration file, each with its origin; passwords are not shown."""
     lines: list[str] = []
     for table in tables():

@@ -42,7 +42,7 @@ from proxy.listening.leaving import ClosedStreamReaper
 from proxy.listening.pings import TOO_MANY_PINGS, PingPolicy
 from proxy.listening.settings import REFUSED_AT, ListenerSettings, ListenerStats
 from proxy.listening.sockets import show_address
-from proxy.listening.turns import DeferredHandler, Turns
+from proxy.listening.turns import DeferredHandler, TurnBudget
 
 PIECE_BYTES_COPIED = 4096
 """Pieces of output that are larger than this on average are written without being joined."""
@@ -68,7 +68,7 @@ class ConnectionOwner(Protocol):
 
     settings: ListenerSettings
     stats: ListenerStats
-    turns: Turns
+    turns: TurnBudget
     leaving: ClosedStreamReaper
     http1: Callable[[asyncio.Transport, bytes], asyncio.Protocol] | None
     draining: bool
@@ -383,7 +383,7 @@ class ServerConnection(asyncio.Protocol):
             self.turns.wait(self)
 
     def take_turn(self) -> None:
-        """Handle some of the deferred input and requests; called by `Turns`."""
+        """Handle some of the deferred input and requests; called by `TurnBudget`."""
         self._queued = False
         transport = self._transport
         if transport is None or transport.is_closing() or self._closing_since is not None:

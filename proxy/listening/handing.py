@@ -13,7 +13,7 @@ TOGETHER_MAX: Final = 64
 """Connections in one message; the kernel's limit is 253 (SCM_MAX_FD)."""
 
 
-class Handed(Listening):
+class ConnectionChannel(Listening):
     """What a process has instead of listening sockets, if another one accepts its connections."""
 
     def __init__(self, channel: socket.socket, port: int) -> None:
@@ -47,12 +47,12 @@ def hand_over(channel: socket.socket, connections: Sequence[socket.socket]) -> b
     return True
 
 
-class Receiver:
+class ConnectionReceiver:
     """Takes the connections that another process accepts; create it in the running event loop."""
 
     def __init__(
         self,
-        handed: Handed,
+        handed: ConnectionChannel,
         connection: Callable[[], asyncio.Protocol],
         shake: Callable[[socket.socket, object], None] | None,
     ) -> None:

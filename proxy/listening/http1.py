@@ -166,12 +166,12 @@ class Http1:
                 side.transport.abort()
 
 
-class _Side(asyncio.Protocol):
+class _ProxiedSide(asyncio.Protocol):
     """One of the two connections; its bytes go to `other`."""
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
-        self.other: _Side | None = None
+        self.other: _ProxiedSide | None = None
         self.at_end = False
         """The peer sends no more bytes."""
 
@@ -201,7 +201,7 @@ class _Side(asyncio.Protocol):
             self.other.transport.close()
 
 
-class UpstreamSide(_Side):
+class UpstreamSide(_ProxiedSide):
     """The connection to etcd."""
 
     def __init__(self, owner: Http1, client: ClientSide) -> None:
@@ -227,7 +227,7 @@ class UpstreamSide(_Side):
         super().connection_lost(exc)
 
 
-class ClientSide(_Side):
+class ClientSide(_ProxiedSide):
     """The client's connection."""
 
     def __init__(self, owner: Http1, transport: asyncio.Transport) -> None:

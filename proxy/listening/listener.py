@@ -20,11 +20,11 @@ from proxy import logs
 from proxy.listening.call_metrics import CallMetrics
 from proxy.listening.calls import CallRefusal, Handler, HandlerFactory, Headers, refuse, unknown_method
 from proxy.listening.connection import CLOSE_GRACE_S, ServerConnection
-from proxy.listening.handing import Handed, Receiver
+from proxy.listening.handing import ConnectionChannel, ConnectionReceiver
 from proxy.listening.leaving import ClosedStreamReaper
 from proxy.listening.settings import ListenerSettings, ListenerStats
 from proxy.listening.sockets import Listening, listen
-from proxy.listening.turns import Turns, in_parts
+from proxy.listening.turns import TurnBudget, in_parts
 
 if TYPE_CHECKING:
     import ssl
@@ -62,7 +62,7 @@ class Listener:
         self.connections: set[ServerConnection] = set()
         """Connections that are open, or whose streams are not all cleaned up yet."""
         self.leaving = ClosedStreamReaper(self.settings.leaving_per_turn)
-        self.turns = Turns(self.settings.http2.turn_work_max)
+        self.turns = TurnBudget(self.settings.http2.turn_work_max)
         self.handed_on: Callable[[], int] = int
         """Returns the number of file descriptors of HTTP/1 connections, on both sides."""
         self._acceptor: Acceptor | None = None
@@ -76,7 +76,7 @@ class Listener:
         """Calls of `cork` without their `uncork`."""
         self._listening: Listening | None = None
         self._servers: list[asyncio.Server] = []
-        self._receiver: Receiver | None = None
+        self._receiver: ConnectionReceiver | None = None
         """Takes the connections that another process accepts."""
         self._port = 0
         self._sweeper: asyncio.TimerHandle | None = None
@@ -105,7 +105,7 @@ class Listener:
 
         self._listening = listening = listening or await listen(host, port, path, BACKLOG)
         self._port = listening.port
-        sockets = () if isinstance(listening, Handed) else listening.sockets
+        sockets = () if isinstance(listening, ConnectionChannel) else listening.sockets
         if tls is not None:
             from proxy.listening.handshake import Acceptor  # imports ssl, which a proxy without TLS does not need
 
@@ -113,8 +113,8 @@ class Listener:
         else:
             serve = self._loop.create_unix_server if listening.is_unix else self._loop.create_server
             self._servers = [await serve(connection, sock=one, backlog=BACKLOG) for one in sockets]
-        if isinstance(listening, Handed):
-            self._receiver = Receiver(
+        if isinstance(listening, ConnectionChannel):
+            self._receiver = ConnectionReceiver(
                 listening, connection, self._acceptor.take if self._acceptor is not None else None
             )
         self._sweep()

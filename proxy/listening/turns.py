@@ -29,7 +29,7 @@ class DeferredConnection(Protocol):
     """A connection with deferred work."""
 
     def take_turn(self) -> None:
-        """Do some of it, as long as `Turns.left` is above zero; call `Turns.wait` again if there is more."""
+        """Do some of it, as long as `TurnBudget.left` is above zero; call `TurnBudget.wait` again if there is more."""
 
 
 class DeferredHandler(Protocol):
@@ -41,7 +41,7 @@ class DeferredHandler(Protocol):
         """Handle some of them. Returns True if more can be handled in the next turn."""
 
 
-class Turns:
+class TurnBudget:
     """The work budget of one turn of the loop, and the workers that wait for a turn."""
 
     __slots__ = ("_per_turn", "_refill_below", "_turning", "_waiting", "left")

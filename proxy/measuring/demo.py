@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from proxy.measuring.load.plan import Shape, count_kinds
-from proxy.measuring.load.stage import Stage
-from proxy.measuring.load.trial import Show, Trial, TrialSpec, run_trial
+from proxy.measuring.load.plan import LoadShape, count_kinds
+from proxy.measuring.load.stage import LoadStage
+from proxy.measuring.load.trial import Trial, TrialProgress, TrialSpec, run_trial
 
 PAST_WRITES = 200
 VALUE_BYTES = 256
@@ -26,7 +26,7 @@ class DemoResult(msgspec.Struct, kw_only=True):
     """The result of the demo."""
 
     trial: Trial
-    shape: Shape
+    shape: LoadShape
     seconds: float
     upstream_name: str
 
@@ -36,7 +36,9 @@ class DemoResult(msgspec.Struct, kw_only=True):
         return self.trial.verdict.faultless and not self.trial.complaints
 
 
-async def run_demo(stage: Stage, shape: Shape, seconds: float, show: Show, endpoints: str | None = None) -> DemoResult:
+async def run_demo(
+    stage: LoadStage, shape: LoadShape, seconds: float, show: TrialProgress, endpoints: str | None = None
+) -> DemoResult:
     """Run the demo on a stage; `endpoints` are all members of a cluster, if the upstream is one of them.
 
     Raises ChildFailed, LoadFailed, LoginFailed, WriteFailed, NoMetrics or NoTruth, each with one line of text.

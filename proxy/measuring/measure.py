@@ -15,12 +15,12 @@ from itertools import pairwise
 import msgspec
 
 from proxy.measuring.comparison import Comparison, Row, Series, Unit, counted
-from proxy.measuring.load.plan import Shape
+from proxy.measuring.load.plan import LoadShape
 from proxy.measuring.load.prometheus import MetricsPage
 from proxy.measuring.load.run import LoadFailed
 from proxy.measuring.load.sampling import Sample
 from proxy.measuring.load.show import ProgressBars
-from proxy.measuring.load.stage import Stage
+from proxy.measuring.load.stage import LoadStage
 from proxy.measuring.load.target import LoadTarget
 from proxy.measuring.load.trial import REFRESH_S, Circumstances, Trial, TrialSpec, run_trial
 from proxy.measuring.load.writer import cluster_id
@@ -69,7 +69,7 @@ class Measurement(msgspec.Struct, kw_only=True):
 
     upstream: str
     proxy: str
-    shape: Shape
+    shape: LoadShape
     seconds: float
     events_written: int
     direct: TrialCost
@@ -120,7 +120,9 @@ def reduction_of(direct: TrialCost, proxied: TrialCost) -> dict[str, float | Non
     return factors
 
 
-async def run_measure(stage: Stage, shape: Shape, seconds: float, per_second: float, bars: ProgressBars) -> Measurement:
+async def run_measure(
+    stage: LoadStage, shape: LoadShape, seconds: float, per_second: float, bars: ProgressBars
+) -> Measurement:
     """Measure directly, then through the stage's proxy, which is started unless the user gave one.
 
     Raises ChildFailed, LoadFailed, LoginFailed, WriteFailed, NoMetrics or NoTruth, each with one line of text.

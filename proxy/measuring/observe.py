@@ -17,7 +17,7 @@ import msgspec
 
 from proxy.admin.snapshot import CoverSuggestion
 from proxy.measuring.comparison import Comparison, Row, Series, Unit, counted, show_value
-from proxy.measuring.load.prometheus import Cost, MetricsPage, MetricsReading, NoMetrics, cost_of
+from proxy.measuring.load.prometheus import MetricsPage, MetricsReading, NoMetrics, ServingCost, cost_of
 from proxy.measuring.load.show import ProgressBars
 from proxy.measuring.status import NoStatus, fetch
 
@@ -28,7 +28,7 @@ class MetricsLook(msgspec.Struct, frozen=True, kw_only=True):
     """The numbers of both pages at one time, in seconds after the first look."""
 
     at_s: float
-    etcd: Cost
+    etcd: ServingCost
     watches: float
     upstream_watches: float
     upstream_streams: float

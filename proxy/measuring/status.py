@@ -18,7 +18,7 @@ from proxy.admin.snapshot import CoverState, Snapshot
 from proxy.admin.views import Clients
 from proxy.measuring.comparison import Unit, counted, show_age, show_value
 from proxy.measuring.load.prometheus import NoMetrics, http_reason, open_session
-from proxy.measuring.load.target import Access
+from proxy.measuring.load.target import ConnectionFiles
 
 T = TypeVar("T")
 
@@ -129,14 +129,14 @@ def _rate(now: Snapshot, before: Snapshot | None, field: str, unit: str) -> str:
     return f"{shown} a second {span}"
 
 
-def _session(url: str, access: Access) -> aiohttp.ClientSession:
+def _session(url: str, access: ConnectionFiles) -> aiohttp.ClientSession:
     try:
         return open_session(url, access)
     except NoMetrics as error:
         raise NoStatus(str(error)) from None
 
 
-async def show_once(url: str, console: Console, access: Access, *, as_json: bool = False) -> bool:
+async def show_once(url: str, console: Console, access: ConnectionFiles, *, as_json: bool = False) -> bool:
     """Print the status once; return whether the proxy serves. Raises NoStatus."""
     async with _session(url, access) as session:
         snapshot = await fetch(session, url)
@@ -147,7 +147,7 @@ async def show_once(url: str, console: Console, access: Access, *, as_json: bool
     return snapshot.serving
 
 
-async def show_clients(url: str, console: Console, access: Access, *, as_json: bool = False) -> None:
+async def show_clients(url: str, console: Console, access: ConnectionFiles, *, as_json: bool = False) -> None:
     """Print the list of clients. Raises NoStatus."""
     async with _session(url, access) as session:
         listed = await _get(session, url, "clients", Clients)
@@ -174,7 +174,7 @@ def render_clients(listed: Clients) -> Table:
     return table
 
 
-async def show_live(url: str, console: Console, access: Access) -> None:
+async def show_live(url: str, console: Console, access: ConnectionFiles) -> None:
     """Show the status until interrupted; while the proxy does not answer, the last status with its age.
 
     Raises NoStatus if it does not answer at first.

@@ -10,12 +10,12 @@ translated, as in grpc-proxy: clients do not take endpoints from them.
 from __future__ import annotations
 
 from proto.pb import rpc_pb2
-from proxy.passthrough.translation import Rules, Translation
+from proxy.passthrough.translation import Translation, TranslationRules
 
 MEMBER_LIST = b"/etcdserverpb.Cluster/MemberList"
 
 
-def rules(url: str) -> Rules:
+def rules(url: str) -> TranslationRules:
     """Return the rules that give all members this client URL."""
 
     def advertise(message: rpc_pb2.MemberListResponse) -> None:
@@ -25,4 +25,4 @@ def rules(url: str) -> Rules:
 
     response = rpc_pb2.MemberListResponse
     translation = Translation(rpc_pb2.MemberListRequest, response, None, {response.DESCRIPTOR.full_name: advertise})
-    return Rules("--advertise-client-url", {MEMBER_LIST: translation})
+    return TranslationRules("--advertise-client-url", {MEMBER_LIST: translation})

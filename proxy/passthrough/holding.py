@@ -49,7 +49,7 @@ class HeldCall(Protocol):
         """End the call with a refusal."""
 
 
-class Holding:
+class HeldCalls:
     """The calls that wait for a connection to etcd."""
 
     def __init__(self, pool: Pool, settings: PassthroughSettings, stats: PassthroughStats) -> None:

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 
 from proto.pb import rpc_pb2, v3election_pb2, v3lock_pb2
 from proxy.passthrough.rewriting import Changes
-from proxy.passthrough.translation import Rules, Translation
+from proxy.passthrough.translation import Translation, TranslationRules
 from upstream.namespace import Namespace
 
 NamespacedChange = Callable[[Namespace, Any], None]
@@ -163,7 +163,7 @@ KEYLESS: Final = frozenset(
 """Calls of these services without keys: forwarded frame by frame, untranslated."""
 
 
-def rules(namespace: Namespace) -> Rules:
+def rules(namespace: Namespace) -> TranslationRules:
     """Return the rules of one namespace."""
 
     def bound(kind: type[Message], change: NamespacedChange | None) -> Changes | None:
@@ -175,4 +175,4 @@ def rules(namespace: Namespace) -> Rules:
         path: Translation(request, response, bound(request, outward), bound(response, inward))
         for path, (request, response, outward, inward) in _CALLS.items()
     }
-    return Rules("--namespace", translations, SERVICES, KEYLESS)
+    return TranslationRules("--namespace", translations, SERVICES, KEYLESS)

@@ -34,9 +34,9 @@ from proxy.listening.calls import (
     status_trailers,
 )
 from proxy.passthrough.answers import MessageBoundary, trailers_of
-from proxy.passthrough.holding import Holding
+from proxy.passthrough.holding import HeldCalls
 from proxy.passthrough.settings import PassthroughSettings, PassthroughStats
-from proxy.passthrough.sharing import Read
+from proxy.passthrough.sharing import SharedRead
 from upstream.connection import ClientConnection, NotSent, UpstreamCall
 from upstream.heads import HOPS_MAX, loop_text, next_hop
 from upstream.pool import Pool
@@ -77,7 +77,7 @@ class Passthrough:
         self.settings = settings or PassthroughSettings()
         self.stats = PassthroughStats()
         self._pool = pool
-        self.held = Holding(pool, self.settings, self.stats)
+        self.held = HeldCalls(pool, self.settings, self.stats)
         # By client connection: its calls with unread bytes, and the number of these bytes.
         self._unread: dict[ClientHandle, KeptBytes] = {}
 
@@ -220,10 +220,10 @@ class Relay:
         "_tries_left",
         "_unread",
         "came_at",
+        "collects_request",
         "connection",
         "deadline",
         "done",
-        "gathers",
         "headers",
         "hops",
         "observer",
@@ -239,9 +239,9 @@ class Relay:
         self.done = False
         self.observer: RelayObserver | None = None
         # The observer is asked to begin the call when the request is complete.
-        self.gathers = False
+        self.collects_request = False
         # The observer's: the read that this call alone makes.
-        self.read: Read[Relay] | None = None
+        self.read: SharedRead[Relay] | None = None
         self._owner = owner
         self.connection = connection
         self.stream = stream
@@ -339,12 +339,12 @@ class Relay:
             return None
         return request[0] if len(request) == 1 else b"".join(request)
 
-    def twin(self, client: ClientHandle) -> Relay:
+    def copy_for(self, client: ClientHandle) -> Relay:
         """Return a relay of the same request for another client, without a deadline; it is not begun."""
         headers = [field for field in self.headers if field[0] != TIMEOUT]
         twin = self._remake(client, headers)
         twin.hops, twin.headers = self.hops, headers
-        twin.gathers = True
+        twin.collects_request = True
         twin.data(self.body or b"", 0, True)
         return twin
 
@@ -367,7 +367,7 @@ class Relay:
             self._owner.stats.resend_bytes += len(data)
             if call is not None:
                 self._bound_request()
-        if call is None and self.gathers:
+        if call is None and self.collects_request:
             self._owed_client += flow_size
             if self.observer is not None and (
                 end_stream or self._request_bytes > self._owner.settings.resend_bytes_max
@@ -501,7 +501,7 @@ class Relay:
         self._leave_stream()
         self._owner.slot_freed()
 
-    # Internal, and for `Holding`.
+    # Internal, and for `HeldCalls`.
 
     def refuse(self, refusal: CallRefusal) -> None:
         """End a call that never reached etcd, or got no complete response from it."""

@@ -61,7 +61,7 @@ class AnswerOwner(Protocol):
         """There is no room for the answer of these calls; nothing of it was passed on."""
 
 
-class Cursor:
+class AnswerCursor:
     """One call that is being answered: the handler of its client's stream, and its position in the answer."""
 
     __slots__ = ("answer", "connection", "position", "started", "stream")
@@ -101,7 +101,7 @@ class SharedAnswer:
         self._owner = owner
         # The calls until the first bytes are passed on; from then on their cursors.
         self._calls = dict.fromkeys(calls)
-        self._cursors: dict[Cursor, None] = {}
+        self._cursors: dict[AnswerCursor, None] = {}
         self._relay: Relay | None = None
         self._head: Headers | None = None
         self._pieces: list[bytes] = []
@@ -118,8 +118,8 @@ class SharedAnswer:
         # There is no room for it, or no connection for its read: its calls go on without it.
         self._dissolving = False
         # Cursors to which more can be passed on, and those that have all that has arrived.
-        self._ready: deque[Cursor] = deque()
-        self._up_to_date: deque[Cursor] = deque()
+        self._ready: deque[AnswerCursor] = deque()
+        self._up_to_date: deque[AnswerCursor] = deque()
         self._turn_scheduled = False
 
     @property
@@ -129,7 +129,7 @@ class SharedAnswer:
 
     def start(self, upstream: ClientConnection) -> bool:
         """Send the read; False: the connection cannot take it."""
-        relay = next(iter(self._calls)).twin(self)
+        relay = next(iter(self._calls)).copy_for(self)
         self._relay = relay
         relay.observer = self
         if relay.start(upstream):
@@ -211,13 +211,13 @@ class SharedAnswer:
         if not self._calls:
             self._close()
 
-    def drained(self, cursor: Cursor) -> None:
+    def drained(self, cursor: AnswerCursor) -> None:
         """Continue with a call whose client has read what it was given."""
         if cursor in self._cursors:
             self._ready.append(cursor)
             self._schedule()
 
-    def drop(self, cursor: Cursor) -> None:
+    def drop(self, cursor: AnswerCursor) -> None:
         """Remove a call that is over; cancel the read if no call is left."""
         self._cursors.pop(cursor, None)
         if not self._cursors:
@@ -280,7 +280,7 @@ class SharedAnswer:
         for call in self._calls:
             if call.done:
                 continue
-            call.stream.owner = cursor = Cursor(self, call)
+            call.stream.owner = cursor = AnswerCursor(self, call)
             self._cursors[cursor] = None
             # It needs its request no more.
             call.observer = None
@@ -322,7 +322,7 @@ class SharedAnswer:
             self._owner.answer_settled(self)
         return size - left
 
-    def _pass_on(self, cursor: Cursor) -> int:
+    def _pass_on(self, cursor: AnswerCursor) -> int:
         """Give one call its next portion; return the bytes."""
         connection, stream, pieces = cursor.connection, cursor.stream, self._pieces
         if not cursor.started and self._head is not None:
@@ -345,7 +345,7 @@ class SharedAnswer:
             (self._ready if last < len(pieces) else self._up_to_date).append(cursor)
         return size
 
-    def _end(self, cursor: Cursor) -> None:
+    def _end(self, cursor: AnswerCursor) -> None:
         h2, stream = cursor.connection.h2, cursor.stream
         if not stream.ending:
             if self._trailers is None:
@@ -356,7 +356,7 @@ class SharedAnswer:
             stream.owner = None
             self.drop(cursor)
 
-    def _reset(self, cursor: Cursor, code: ErrorCode) -> None:
+    def _reset(self, cursor: AnswerCursor, code: ErrorCode) -> None:
         cursor.stream.owner = None
         cursor.connection.h2.reset(cursor.stream, code)
         cursor.connection.schedule_flush()

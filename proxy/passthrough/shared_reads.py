@@ -23,7 +23,7 @@ from proxy.listening.calls import CallRefusal, ConnectionHandle, Handler, Header
 from proxy.passthrough.expiry import deadline_exceeded
 from proxy.passthrough.relay import Passthrough, Relay
 from proxy.passthrough.shared_answer import PORTION_BYTES, TURN_BYTES, SharedAnswer
-from proxy.passthrough.sharing import Late, Read, Sharing
+from proxy.passthrough.sharing import ExpireCall, ReadsInFlight, SharedRead
 from upstream.connection import ClientConnection
 from upstream.expiry import ExpiryTimer
 from upstream.pool import Pool
@@ -48,10 +48,10 @@ class SharedReads:
         self._passthrough = passthrough
         self._stats = passthrough.stats
         self._pool = pool
-        self._sharing: Sharing[Relay] = Sharing()
+        self._sharing: ReadsInFlight[Relay] = ReadsInFlight()
         # The answers of the reads that several calls share, until these have arrived; and the reads by answer.
-        self._answers: dict[Read[Relay], SharedAnswer] = {}
-        self._reads: dict[SharedAnswer, Read[Relay]] = {}
+        self._answers: dict[SharedRead[Relay], SharedAnswer] = {}
+        self._reads: dict[SharedAnswer, SharedRead[Relay]] = {}
         # Calls whose request is not complete, oldest first, and whether a timer watches them.
         self._incomplete: dict[Relay, None] = {}
         self._watched = False
@@ -72,7 +72,7 @@ class SharedReads:
         self._stats.range_calls += 1
         relay = self._passthrough.relay(connection, stream, headers)
         relay.observer = self
-        relay.gathers = True
+        relay.collects_request = True
         self._incomplete[relay] = None
         if not self._watched:
             self._watched = True
@@ -83,7 +83,7 @@ class SharedReads:
 
     def received(self, relay: Relay) -> None:
         """Send or share a call whose request is complete; send it alone if it is too large to be kept."""
-        relay.gathers = False
+        relay.collects_request = False
         del self._incomplete[relay]
         body = relay.body
         if body is None or len(body) > self._passthrough.settings.resend_bytes_max:
@@ -192,7 +192,9 @@ class SharedReads:
 
     # Internal.
 
-    def _find(self, body: bytes, relay: Relay, read: Read[Relay] | None) -> tuple[Hashable, Read[Relay] | None]:
+    def _find(
+        self, body: bytes, relay: Relay, read: SharedRead[Relay] | None
+    ) -> tuple[Hashable, SharedRead[Relay] | None]:
         """Return the key of a call, and the read that it has to wait for; `read`: the one with the same request.
 
         The request alone is the key of nearly all calls, because comparing heads takes longer. Only a call that differs
@@ -216,7 +218,7 @@ class SharedReads:
         self._stats.range_calls_upstream += 1
         return True
 
-    def _wait(self, relay: Relay, read: Read[Relay]) -> bool:
+    def _wait(self, relay: Relay, read: SharedRead[Relay]) -> bool:
         """Let a call wait for the next read; False: it goes alone, because of the limit of bytes."""
         size = relay.keep()
         if not self.reserve(size):
@@ -230,7 +232,7 @@ class SharedReads:
     def _discharge(self, relay: Relay) -> None:
         self._stats.shared_reads_bytes -= self._waiting_bytes.pop(relay, 0)
 
-    def _settle(self, read: Read[Relay]) -> None:
+    def _settle(self, read: SharedRead[Relay]) -> None:
         following = self._sharing.settle(read)
         if following is not None:
             self._begin(following)
@@ -240,7 +242,7 @@ class SharedReads:
         if read is not None:
             self._settle(read)
 
-    def _begin(self, read: Read[Relay]) -> None:
+    def _begin(self, read: SharedRead[Relay]) -> None:
         """Send the read of calls that waited, or let them wait for a connection."""
         calls = list(read.calls)
         for relay in calls:
@@ -255,7 +257,7 @@ class SharedReads:
         if following is not None:
             self._begin(following)
 
-    def _send(self, read: Read[Relay], calls: list[Relay], upstream: ClientConnection) -> bool:
+    def _send(self, read: SharedRead[Relay], calls: list[Relay], upstream: ClientConnection) -> bool:
         if len(calls) == 1:
             calls[0].read = read
             if calls[0].start(upstream):
@@ -272,7 +274,7 @@ class SharedReads:
     def _send_separately(self, relay: Relay) -> None:
         """Send a call without sharing, or let it wait for a connection like any other."""
         relay.observer = None
-        relay.gathers = False
+        relay.collects_request = False
         self._stats.range_calls_upstream += 1
         try:
             self._passthrough.begin(relay)
@@ -317,7 +319,7 @@ class SharedReads:
             due = self._sharing.expire(now)
             if due is None:
                 break
-            if isinstance(due, Late):
+            if isinstance(due, ExpireCall):
                 due.call.refuse(deadline_exceeded())
             else:
                 self._begin(due.read)

@@ -26,7 +26,7 @@ PATIENCE_S: Final = 1.0
 Call = TypeVar("Call", bound=Hashable)
 
 
-class Read(Generic[Call]):
+class SharedRead(Generic[Call]):
     """One call at etcd, and the calls that it answers. All of them arrived before it began."""
 
     __slots__ = ("calls", "hanging", "key", "queue", "settled")
@@ -42,31 +42,31 @@ class Read(Generic[Call]):
         self.settled = False
 
 
-class Late(NamedTuple, Generic[Call]):
+class ExpireCall(NamedTuple, Generic[Call]):
     """End this call: its deadline is over."""
 
     call: Call
 
 
-class Begin(NamedTuple, Generic[Call]):
+class BeginRead(NamedTuple, Generic[Call]):
     """Begin this read."""
 
-    read: Read[Call]
+    read: SharedRead[Call]
 
 
-class Sharing(Generic[Call]):
+class ReadsInFlight(Generic[Call]):
     """All reads in flight that are not settled, and the calls that wait for the next ones."""
 
     def __init__(self, patience_s: float = PATIENCE_S) -> None:
         self._patience_s = patience_s
         # The newest read of each key, while it is not settled.
-        self._newest: dict[Hashable, Read[Call]] = {}
+        self._newest: dict[Hashable, SharedRead[Call]] = {}
         # The read of each call that shares, and the read that each waiting call waits for. A call that began a read
         # alone is not listed: etcd knows its deadline, and the read ends with it.
-        self._shares: dict[Call, Read[Call]] = {}
-        self._waits: dict[Call, Read[Call]] = {}
+        self._shares: dict[Call, SharedRead[Call]] = {}
+        self._waits: dict[Call, SharedRead[Call]] = {}
         self._deadlines: WaitingCalls[Call] = WaitingCalls()
-        self._patience: WaitingCalls[Read[Call]] = WaitingCalls()
+        self._patience: WaitingCalls[SharedRead[Call]] = WaitingCalls()
 
     def __len__(self) -> int:
         return len(self._newest)
@@ -74,20 +74,20 @@ class Sharing(Generic[Call]):
     def __contains__(self, call: Call) -> bool:
         return call in self._waits or call in self._shares
 
-    def newest(self, key: Hashable) -> Read[Call] | None:
+    def newest(self, key: Hashable) -> SharedRead[Call] | None:
         """Return the read that a call with this key has to wait for; None: the call begins one."""
         return self._newest.get(key)
 
-    def shared(self, call: Call) -> Read[Call] | None:
+    def shared(self, call: Call) -> SharedRead[Call] | None:
         """Return the read that answers this call and others; None if there is none."""
         return self._shares.get(call)
 
-    def begin(self, key: Hashable, call: Call) -> Read[Call]:
+    def begin(self, key: Hashable, call: Call) -> SharedRead[Call]:
         """Return the read to begin for a call alone; no read of its key is in flight."""
-        read = self._newest[key] = Read(key, {call: None})
+        read = self._newest[key] = SharedRead(key, {call: None})
         return read
 
-    def wait(self, read: Read[Call], call: Call, now: float, deadline: float | None = None) -> None:
+    def wait(self, read: SharedRead[Call], call: Call, now: float, deadline: float | None = None) -> None:
         """Let a call wait for the newest read of its key, until its deadline at the latest."""
         if read.queue is None:
             read.queue = {}
@@ -97,7 +97,7 @@ class Sharing(Generic[Call]):
         if deadline is not None:
             self._deadlines.add(call, deadline)
 
-    def settle(self, read: Read[Call]) -> Read[Call] | None:
+    def settle(self, read: SharedRead[Call]) -> SharedRead[Call] | None:
         """Note that a read is over, or that etcd has read its state: forget its calls. Return the read to begin next.
 
         Does nothing for a read that is settled already.
@@ -116,12 +116,12 @@ class Sharing(Generic[Call]):
         del self._newest[read.key]
         return None
 
-    def answer(self, read: Read[Call]) -> None:
+    def answer(self, read: SharedRead[Call]) -> None:
         """Note that the answer of a read begins to arrive: no call of it is late any more."""
         for call in read.calls:
             self._deadlines.remove(call)
 
-    def leave(self, call: Call) -> Read[Call] | None:
+    def leave(self, call: Call) -> SharedRead[Call] | None:
         """Remove a call that needs no answer any more. Return the read to begin next, if its read ends with it."""
         read = self._waits.get(call)
         if read is not None:
@@ -145,20 +145,20 @@ class Sharing(Generic[Call]):
         due = [each for each in (self._deadlines.next_expiry, self._patience.next_expiry) if each is not None]
         return min(due, default=None)
 
-    def expire(self, now: float) -> Late[Call] | Begin[Call] | None:
+    def expire(self, now: float) -> ExpireCall[Call] | BeginRead[Call] | None:
         """Return one thing that is due, None if there is none. A late call is removed by `leave`."""
         call = self._deadlines.expired(now)
         if call is not None:
             self._deadlines.remove(call)
-            return Late(call)
+            return ExpireCall(call)
         read = self._patience.expired(now)
-        return None if read is None else Begin(self._begin_queued(read, read.hanging + 1))
+        return None if read is None else BeginRead(self._begin_queued(read, read.hanging + 1))
 
-    def _begin_queued(self, before: Read[Call], hanging: int) -> Read[Call]:
+    def _begin_queued(self, before: SharedRead[Call], hanging: int) -> SharedRead[Call]:
         calls, before.queue = before.queue, None
         assert calls
         self._patience.remove(before)
-        read = self._newest[before.key] = Read(before.key, calls, hanging)
+        read = self._newest[before.key] = SharedRead(before.key, calls, hanging)
         for call in calls:
             del self._waits[call]
             if len(calls) > 1:

@@ -37,7 +37,7 @@ from proxy.listening.calls import (
 from proxy.passthrough.message_work import MessageWork
 from proxy.passthrough.relay import KeptBytes, Passthrough, Relay
 from proxy.passthrough.settings import PassthroughSettings
-from proxy.passthrough.translation import Rules, Translation
+from proxy.passthrough.translation import Translation, TranslationRules
 from upstream.connection import ClientConnection
 from upstream.pool import Pool
 
@@ -59,7 +59,9 @@ most a factor of eight."""
 class TranslatingPassthrough(Passthrough):
     """The handler factory for all requests without a route, with rules; no two rules name the same call."""
 
-    def __init__(self, pool: Pool, rules: Sequence[Rules], settings: PassthroughSettings | None = None) -> None:
+    def __init__(
+        self, pool: Pool, rules: Sequence[TranslationRules], settings: PassthroughSettings | None = None
+    ) -> None:
         super().__init__(pool, settings)
         self._rules = rules
         self._found = {path: (each, one) for each in rules for path, one in each.translations.items()}
@@ -201,7 +203,7 @@ class TranslatedRelay(Relay):
         stream: Stream,
         headers: Headers,
         end_stream: bool,
-        rules: Rules,
+        rules: TranslationRules,
         translation: Translation,
     ) -> None:
         # Translates the request's messages; None: they are forwarded unchanged.

@@ -40,7 +40,7 @@ def _whole(rewriting: Rewriting) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class TranslationRules:
     """The translations of one flag, by the calls' paths."""
 
     flag: str

@@ -38,7 +38,7 @@ _OUTPUT_BYTES_MAX = 4000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ready:
+class ChildReady:
     """The first message of a child: its addresses, as HOST:PORT; "" if it does not have one."""
 
     address: str = ""
@@ -81,7 +81,7 @@ class Child:
     ) -> None:
         self.name = name
         self.process = process
-        self.ready = Ready()
+        self.ready = ChildReady()
         self._reader, self._writer = pipe
         self._output = output
 
@@ -119,7 +119,7 @@ class Child:
 
         try:
             async with asyncio.timeout(READY_LIMIT_S):
-                child.ready = msgspec.json.decode(await child.read_line(), type=Ready)
+                child.ready = msgspec.json.decode(await child.read_line(), type=ChildReady)
         except TimeoutError:
             words = child.last_words() or "no output"
             await child.stop(0)
@@ -221,7 +221,7 @@ class Parent:
         gone()
 
     def write_line(self, message: object) -> None:
-        """Send the parent one JSON line; the first one must be a `Ready`."""
+        """Send the parent one JSON line; the first one must be a `ChildReady`."""
         if self._pipe is not None:
             self._pipe[1].write(_line(message))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 @dataclass(slots=True)
-class _Hand:
+class _WorkerConnections:
     """The connections of one worker."""
 
     open: int = 0
@@ -28,28 +28,28 @@ class _Hand:
         return self.open + self.given - self.taken
 
 
-class Dealing:
+class WorkerBalance:
     """The connections of all workers, by their names."""
 
     def __init__(self) -> None:
-        self._hands: dict[str, _Hand] = {}
+        self._workers: dict[str, _WorkerConnections] = {}
 
     def started(self, name: str) -> None:
         """A worker was started; it has no connections."""
-        self._hands[name] = _Hand()
+        self._workers[name] = _WorkerConnections()
 
     def reported(self, name: str, opened: int, taken: int) -> None:
         """A worker has `opened` connections, of `taken` that it was given since its start."""
-        hand = self._hands[name]
-        hand.open, hand.taken = opened, taken
+        worker = self._workers[name]
+        worker.open, worker.taken = opened, taken
 
-    def deal(self, takers: Sequence[str]) -> str:
+    def choose(self, takers: Sequence[str]) -> str:
         """Give one connection to one of `takers`, at least one, and return its name."""
-        hands = self._hands
-        name = min(takers, key=lambda taker: (hands[taker].expected, hands[taker].given))
-        hands[name].given += 1
+        workers = self._workers
+        name = min(takers, key=lambda taker: (workers[taker].expected, workers[taker].given))
+        workers[name].given += 1
         return name
 
     def returned(self, name: str, count: int) -> None:
         """A worker did not take `count` connections after all."""
-        self._hands[name].given -= count
+        self._workers[name].given -= count

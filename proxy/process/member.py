@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from proxy.admin.monitor import Monitor
-from proxy.admin.whole import Beat, Order, Whole
+from proxy.admin.whole import AllProcesses, Heartbeat, ParentMessage
 from proxy.listening.sockets import Listening
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from proxy.process.reloading import Reloading
     from proxy.server import Proxy
 
-BEAT_S: Final = 2.5
+REPORT_INTERVAL_S: Final = 2.5
 """Interval of the reports to the parent. A report costs a process, the parent and the hub 0.7 ms of CPU together."""
 
 
@@ -33,13 +33,13 @@ class ProcessPlace:
     """The hub's inherited socket; of a worker, where it gets the connections that the parent accepts."""
     metrics: Listening | None = None
     """The hub's: inherited sockets of --metrics-addr; None without."""
-    whole: Whole | None = None
+    whole: AllProcesses | None = None
     """The hub's: what is known of all processes."""
     hub: str = ""
     """A worker's: the endpoint of the hub."""
 
 
-class Member:
+class ReportingProcess:
     """See the module."""
 
     def __init__(self, place: ProcessPlace) -> None:
@@ -47,11 +47,11 @@ class Member:
         self.monitor: Monitor | None = None
         """What it reports."""
         self._reloading: Reloading | None = None
-        self._beats: asyncio.Task[None] | None = None
+        self._report_task: asyncio.Task[None] | None = None
 
     def came(self, line: bytes) -> None:
         """Follow an order of the parent."""
-        order = msgspec.json.decode(line, type=Order)
+        order = msgspec.json.decode(line, type=ParentMessage)
         if self.place.whole is not None:
             self.place.whole.learn(order)
         if order.settings and self._reloading is not None:
@@ -67,21 +67,23 @@ class Member:
     def start(self, proxy: Proxy, parent: Parent, reloading: Reloading, monitor: Monitor) -> None:
         """Report from now on, and apply changed settings."""
         self._reloading = reloading
-        self._beats = asyncio.get_running_loop().create_task(self._beat(proxy, parent, monitor), name="reports")
+        self._report_task = asyncio.get_running_loop().create_task(
+            self._report_periodically(proxy, parent, monitor), name="reports"
+        )
 
     def stop(self) -> None:
         """Stop reporting."""
-        if self._beats is not None:
-            self._beats.cancel()
+        if self._report_task is not None:
+            self._report_task.cancel()
         if self.monitor is not None:
             self.monitor.stop()
 
-    async def _beat(self, proxy: Proxy, parent: Parent, monitor: Monitor) -> None:
+    async def _report_periodically(self, proxy: Proxy, parent: Parent, monitor: Monitor) -> None:
         while True:
             report = msgspec.Raw(msgspec.json.encode(monitor.report(self.place.name)))
             health, listener = proxy.health, proxy.listener
-            beat = Beat(
+            beat = Heartbeat(
                 problem=health.reason, hung=health.hung, open=listener.open, taken=listener.taken, report=report
             )
             parent.write_line(beat)
-            await asyncio.sleep(BEAT_S)
+            await asyncio.sleep(REPORT_INTERVAL_S)

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Final
 
 from proxy import logs
-from proxy.listening.handing import TOGETHER_MAX, Handed, hand_over, pair
+from proxy.listening.handing import TOGETHER_MAX, ConnectionChannel, hand_over, pair
 from proxy.listening.sockets import Listening
-from proxy.process.dealing import Dealing
+from proxy.process.dealing import WorkerBalance
 
 AGAIN_S: Final = 0.1
 """How long the parent accepts nothing after it could not (no descriptor is left), or after no worker took any."""
@@ -23,7 +23,7 @@ AGAIN_S: Final = 0.1
 log = logs.logger("workers")
 
 
-class Passing:
+class ConnectionDistributor:
     """See the module."""
 
     def __init__(
@@ -35,24 +35,24 @@ class Passing:
         self._listening = listening
         self._selector = selector
         self._takers = takers
-        self._dealing = Dealing()
+        self._dealing = WorkerBalance()
         self._channels: dict[str, socket.socket] = {}
         self._accepted: list[socket.socket] = []
         """Connections that no worker has taken."""
         self._accepting = False
 
-    def started(self, name: str) -> Handed:
+    def started(self, name: str) -> ConnectionChannel:
         """A worker is about to be started; return what it is to have instead of listening sockets."""
         self._channels[name], theirs = pair()
         self._dealing.started(name)
-        return Handed(theirs, self._listening.port)
+        return ConnectionChannel(theirs, self._listening.port)
 
     def ended(self, name: str) -> None:
         """A worker has ended; the connections that it did not take are closed."""
         self._channels.pop(name).close()
 
     def reported(self, name: str, opened: int, taken: int) -> None:
-        """See `Dealing`."""
+        """See `WorkerBalance`."""
         self._dealing.reported(name, opened, taken)
 
     def forget(self) -> None:
@@ -103,7 +103,7 @@ class Passing:
         while left and takers:
             parts: dict[str, list[socket.socket]] = {}
             for one in left:
-                parts.setdefault(self._dealing.deal(takers), []).append(one)
+                parts.setdefault(self._dealing.choose(takers), []).append(one)
             left = []
             for name, part in parts.items():
                 if not hand_over(self._channels[name], part):

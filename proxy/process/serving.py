@@ -29,7 +29,7 @@ from proxy.config.values import Address, client_url, parse_listen_address, parse
 from proxy.errors import FAILURE, WRONG_REQUEST, Failed
 from proxy.process import descriptors
 from proxy.process.addresses import cannot_listen
-from proxy.process.child import Child, ChildFailed, Parent, Ready, on_signals, python_command
+from proxy.process.child import Child, ChildFailed, ChildReady, Parent, on_signals, python_command
 from proxy.process.reloading import Reloading
 from proxy.process.service_manager import ServiceManager
 from proxy.server import Proxy
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from proxy.admin.monitor import Monitor
     from proxy.admin.port import Admin
     from proxy.listening.sockets import Listening
-    from proxy.process.member import Member, ProcessPlace
+    from proxy.process.member import ProcessPlace, ReportingProcess
     from upstream.tls import FileContext
 
 log = logs.logger("serve")
@@ -144,11 +144,11 @@ async def serve(
     leaving = asyncio.Event()
     signals = _Signals(leaving)
     on_signals(signals.came)
-    member: Member | None = None
+    member: ReportingProcess | None = None
     if place is not None:
-        from proxy.process.member import Member
+        from proxy.process.member import ReportingProcess
 
-        member = Member(place)
+        member = ReportingProcess(place)
     parent = await Parent.join(parent_fd, member.came if member else lambda _line: None, leaving.set)
     opened = descriptors.in_use()
     found = within_descriptors(await discovered(settings), opened)
@@ -160,13 +160,13 @@ async def serve(
         endpoints = [store.ready.address] if store else found.upstream.endpoints
         address, proxy = await _start(found, endpoints, store.ready.metrics if store else "", member)
         advertised = settings.listener.advertise_client_url or str(address)
-        applying = _Applying(proxy, found, opened)
+        applying = _SettingsApplier(proxy, found, opened)
         monitor = None if member is None else member.record(proxy, advertised, applying.limits)
         admin = await _start_admin(proxy, settings, advertised, applying.limits, monitor, place)
         reloading = Reloading(settings, applying.apply)
         if read_again is not None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloading.reload, read_again)
-        parent.write_line(Ready(address=str(address), metrics=str(admin.address) if admin else ""))
+        parent.write_line(ChildReady(address=str(address), metrics=str(admin.address) if admin else ""))
         if store:
             log.warning(BUNDLED_STORE, data="in memory only, lost when this process stops", to_do="set --endpoints")
         if member is not None and monitor is not None:
@@ -212,7 +212,7 @@ async def discovered(settings: Settings) -> Settings:
     return replace(settings, upstream=replace(upstream, endpoints=endpoints))
 
 
-class _Applying:
+class _SettingsApplier:
     """Applies changed settings to a running proxy, for those that are `reloaded`."""
 
     def __init__(self, proxy: Proxy, settings: Settings, opened: int) -> None:
@@ -284,7 +284,9 @@ class _Signals:
             await asyncio.gather(task, return_exceptions=True)
 
 
-async def _start(settings: Settings, endpoints: list[str], http1: str, member: Member | None) -> tuple[Address, Proxy]:
+async def _start(
+    settings: Settings, endpoints: list[str], http1: str, member: ReportingProcess | None
+) -> tuple[Address, Proxy]:
     """Start the proxy; return its listen address and the proxy. Raises Failed."""
     address = parse_listen_address(settings.listener.listen_addr)
     try:

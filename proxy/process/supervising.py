@@ -33,21 +33,21 @@ from typing import Final, NoReturn
 import msgspec
 
 from proxy import logs
-from proxy.admin.whole import Beat, Order, ProcessReport, Whole, with_ended
+from proxy.admin.whole import AllProcesses, Heartbeat, ParentMessage, ProcessReport, with_ended
 from proxy.config.knobs import Settings, limits
 from proxy.config.values import Address, parse_listen_address, parse_metrics_address
 from proxy.errors import FAILURE, WRONG_REQUEST, Failed, complain
-from proxy.listening.handing import Handed
+from proxy.listening.handing import ConnectionChannel
 from proxy.listening.listener import BACKLOG
 from proxy.listening.sockets import Listening, bind
 from proxy.process import serving, shares
 from proxy.process.addresses import cannot_listen
-from proxy.process.child import Ready, end_with
+from proxy.process.child import ChildReady, end_with
 from proxy.process.member import ProcessPlace
-from proxy.process.passing import Passing
+from proxy.process.passing import ConnectionDistributor
 from proxy.process.reloading import Reloading
 from proxy.process.service_manager import ServiceManager
-from proxy.process.supervision import HUB, Kill, Phase, Start, Stop, Supervision
+from proxy.process.supervision import HUB, KillProcess, Phase, StartProcess, StopProcess, Supervision
 from proxy.version import process_identity
 
 WAIT_S_MAX: Final = 2.5
@@ -75,7 +75,7 @@ def run(settings: Settings, notes: list[str], parent_fd: int | None, read_again:
     directory = tempfile.mkdtemp(prefix="watchmux-")
     try:
         with contextlib.ExitStack() as stack:
-            parent = _Parent(settings, parent_fd, directory, stack)
+            parent = _Supervisor(settings, parent_fd, directory, stack)
             return parent.run(read_again)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
@@ -90,10 +90,10 @@ class _Process:
     received: bytes = b""
     unsent: bytes = b""
     """Orders that it has not taken yet: its event loop is busy."""
-    ready: Ready | None = None
+    ready: ChildReady | None = None
     report: msgspec.Raw | None = None
 
-    def send(self, order: Order) -> None:
+    def send(self, order: ParentMessage) -> None:
         """Send an order, what it does not take now at the next `flush`: the parent does not wait."""
         self.unsent += msgspec.json.encode(order) + b"\n"
         self.flush()
@@ -105,7 +105,7 @@ class _Process:
                 self.unsent = self.unsent[self.socket.send(self.unsent, socket.MSG_DONTWAIT) :]
 
 
-class _Parent:
+class _Supervisor:
     """See the module."""
 
     def __init__(self, settings: Settings, parent_fd: int | None, directory: str, stack: contextlib.ExitStack) -> None:
@@ -132,7 +132,7 @@ class _Parent:
         if settings.admin.metrics_addr:
             self._metrics = self._bind(parse_metrics_address(settings.admin.metrics_addr), "--metrics-addr")
         self._selector = selectors.DefaultSelector()
-        self._passing = Passing(self._clients, self._selector, self._state.takers)
+        self._passing = ConnectionDistributor(self._clients, self._selector, self._state.takers)
         self._woken, self._waking = socket.socketpair()
         for each in (self._woken, self._waking):
             each.setblocking(False)
@@ -177,7 +177,7 @@ class _Parent:
             for key, _ in self._selector.select(self._timeout_s()):
                 key.data()
             self._reap()
-            self._tell()
+            self._notify()
         log.info("stopped")
         return self._code
 
@@ -210,11 +210,11 @@ class _Parent:
 
     def _act(self) -> None:
         for action in self._state.due(time.monotonic()):
-            if isinstance(action, Start):
+            if isinstance(action, StartProcess):
                 self._start(action.name)
-            elif isinstance(action, Stop):
+            elif isinstance(action, StopProcess):
                 self._signal(action.name, signal.SIGTERM)
-            elif isinstance(action, Kill):
+            elif isinstance(action, KillProcess):
                 log.error("a process hangs, or did not stop in time; it is killed", name=action.name)
                 self._signal(action.name, signal.SIGKILL)
 
@@ -234,7 +234,7 @@ class _Parent:
             ours.close()
             self._become(name, theirs, listening)
         theirs.close()
-        if isinstance(listening, Handed):
+        if isinstance(listening, ConnectionChannel):
             listening.sockets[0].close()
         self._processes[name] = _Process(pid, ours)
         self._selector.register(ours, selectors.EVENT_READ, lambda: self._read(name))
@@ -278,7 +278,7 @@ class _Parent:
         path = os.path.join(self._directory, HUB_SOCKET)
         if name == HUB:
             settings = shares.hub_settings(self._settings, self._workers, path)
-            whole = Whole(self._reports(), self._ended, self._since, limits(self._settings))
+            whole = AllProcesses(self._reports(), self._ended, self._since, limits(self._settings))
             place = ProcessPlace(name, listening, metrics=self._metrics, whole=whole)
         else:
             hub = f"http+unix://{path}"
@@ -325,12 +325,12 @@ class _Parent:
         *lines, process.received = (process.received + data).split(b"\n")
         for line in lines:
             if process.ready is None:
-                process.ready = msgspec.json.decode(line, type=Ready)
-                self._state.heard(name, time.monotonic())
+                process.ready = msgspec.json.decode(line, type=ChildReady)
+                self._state.reported(name, time.monotonic())
                 continue
-            beat = msgspec.json.decode(line, type=Beat)
+            beat = msgspec.json.decode(line, type=Heartbeat)
             process.report = beat.report
-            self._state.heard(name, time.monotonic(), problem=beat.problem, hung=beat.hung)
+            self._state.reported(name, time.monotonic(), problem=beat.problem, hung=beat.hung)
             if name != HUB:
                 self._passing.reported(name, beat.open, beat.taken)
         return True
@@ -341,7 +341,7 @@ class _Parent:
 
     # what others learn
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         now = time.monotonic()
         if self._state.was_ready and not self._announced:
             self._announce()
@@ -353,7 +353,7 @@ class _Parent:
         hub = self._processes.get(HUB)
         if hub is not None and hub.ready is not None and not hub.unsent and now >= self._passed_on_at + PASSED_ON_S:
             self._passed_on_at = now
-            hub.send(Order(reports=self._reports(), ended=self._ended if self._ended_is_new else None))
+            hub.send(ParentMessage(reports=self._reports(), ended=self._ended if self._ended_is_new else None))
             self._ended_is_new = False
 
     def _reports(self) -> list[msgspec.Raw]:
@@ -378,7 +378,7 @@ class _Parent:
         )
         self._manager.ready()
         if self._own_parent is not None:
-            self._own_parent.sendall(msgspec.json.encode(Ready(address=str(address), metrics=metrics)) + b"\n")
+            self._own_parent.sendall(msgspec.json.encode(ChildReady(address=str(address), metrics=metrics)) + b"\n")
 
     def _apply(self, settings: Settings) -> None:
         """Pass changed settings on, and use them for processes that start later."""
@@ -391,4 +391,6 @@ class _Parent:
                 theirs = shares.hub_settings(settings, self._workers, path)
             else:
                 theirs = shares.worker_settings(settings, self._workers, f"http+unix://{path}")
-            process.send(Order(settings=base64.b64encode(pickle.dumps(theirs)).decode(), limits=limits(settings)))
+            process.send(
+                ParentMessage(settings=base64.b64encode(pickle.dumps(theirs)).decode(), limits=limits(settings))
+            )

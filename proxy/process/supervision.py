@@ -40,27 +40,27 @@ class Phase(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class StartProcess:
     """Start this process."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
+class StopProcess:
     """Ask this process to stop (SIGTERM); it drains."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class Kill:
+class KillProcess:
     """Kill this process: it hangs, or does not stop in time."""
 
     name: str
 
 
-Action = Start | Stop | Kill
+Action = StartProcess | StopProcess | KillProcess
 
 
 @dataclass(slots=True)
@@ -133,7 +133,7 @@ class Supervision:
         process.starts += 1
         self._asked.discard(name)
 
-    def heard(self, name: str, now: float, *, problem: str = "", hung: str = "") -> None:
+    def reported(self, name: str, now: float, *, problem: str = "", hung: str = "") -> None:
         """A process reported that it is up, and why it does not serve, if so."""
         process = self.processes[name]
         if not process.ready:
@@ -166,10 +166,10 @@ class Supervision:
             for number, process in enumerate(self.processes.values()):
                 if not process.running and process.start_at <= now:
                     if self.was_ready or self._is_turn_of(number):
-                        yield Start(process.name)
+                        yield StartProcess(process.name)
                 elif process.running and process.heard_at + SILENT_S <= now and not process.killed:
                     process.killed = True
-                    yield Kill(process.name)
+                    yield KillProcess(process.name)
             return
         workers = [process for process in self.processes.values() if process.name != HUB and process.running]
         if self.phase is Phase.STOP_WORKERS and not workers:
@@ -181,10 +181,10 @@ class Supervision:
         for process in workers if self.phase is Phase.STOP_WORKERS else [hub] if hub.running else []:
             if process.name not in self._asked:
                 self._asked.add(process.name)
-                yield Stop(process.name)
+                yield StopProcess(process.name)
             elif self._kill_at <= now and not process.killed:
                 process.killed = True
-                yield Kill(process.name)
+                yield KillProcess(process.name)
 
     def _is_turn_of(self, number: int) -> bool:
         """Whether a process may be started for the first time: after the hub, then the first worker, are ready.

@@ -42,7 +42,7 @@ from proto.scan import Header, WatchResponse
 from proxy import logs
 from proxy.auth.model import Outcome, PermissionCheck
 from proxy.auth.queries import RevisionRead
-from proxy.auth.reads import Reader
+from proxy.auth.reads import AuthReader
 from proxy.watch.outlets import DeliveryPlan, Outlet, Output, on_distinct_connections, plan_of
 from upstream.watching.stream import OpenedWatch
 
@@ -119,7 +119,7 @@ class EngineStats:
 class Engine:
     """Drives one Coalescer. Create it in the running event loop; call `attach` before the first client."""
 
-    def __init__(self, core: Coalescer, reader: Reader, output: Output) -> None:
+    def __init__(self, core: Coalescer, reader: AuthReader, output: Output) -> None:
         self.core = core
         self.stats = EngineStats()
         self.failed: Callable[[], None] | None = None
@@ -518,7 +518,7 @@ class Engine:
     def _request_progress(self, effect: RequestProgress) -> None:
         self._client().request_progress(effect.number, effect.upstreams)
 
-    # reads (the listener of `Reader`)
+    # reads (the listener of `AuthReader`)
 
     @property
     def newest_revision(self) -> int:

@@ -2,7 +2,7 @@
 
 Each module imports only modules below it, for types as well, so no circle of imports exists. A part gets the parts that
 it calls in its constructor. Therefore no module calls a method that is defined only above it, and none passes on one of
-its own methods to be called from below. `History.guard` is the exception: memory is freed in the middle of a step.
+its own methods to be called from below, except `History.eviction_hook`: memory is freed in the middle of a step.
 """
 
 from __future__ import annotations

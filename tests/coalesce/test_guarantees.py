@@ -21,7 +21,7 @@ from coalesce.guarantees.checkers import (
     Created,
     Life,
     Opened,
-    Previous,
+    PreviousValue,
     Received,
     Reopened,
     Truth,
@@ -198,7 +198,7 @@ BROKEN: list[tuple[str, str, WatchLog]] = [
     (
         "prev_kv_true",
         "not asked for",
-        life(response(*ALL[:-1]), Received(9, [R[9][0]._replace(prev=Previous(*B5[2:7]))])),
+        life(response(*ALL[:-1]), Received(9, [R[9][0]._replace(prev=PreviousValue(*B5[2:7]))])),
     ),
     ("create_flag", "a put as a create", life(response(*ALL[:-1]), Received(9, [put(9, b"b", b"3", 9, 3)]))),
     ("create_flag", "a create as a put", life(response(*ALL[:5]), Received(8, [put(8, b"a", b"4", 2)]), response(9))),

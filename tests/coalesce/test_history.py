@@ -228,7 +228,7 @@ def test_dropped_histories_are_freed() -> None:
 def test_the_budget_drops_entries_of_dropped_histories() -> None:
     made = history(*[batch(put(revision)) for revision in range(1, 1000)])
     made.drop(2000)
-    assert len(made._ledger.entries) <= 64
+    assert len(made._budget.entries) <= 64
 
 
 @pytest.mark.parametrize(("events", "size"), [(1, 0), (1, 2000), (10, 20), (100, 0)])

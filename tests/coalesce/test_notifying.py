@@ -8,7 +8,7 @@ import pytest
 
 from coalesce import CoreLimits
 from coalesce.model import Upstream
-from coalesce.notifying import PACE_S_MIN, UNKNOWN_PACE_S, WATCHES_PER_STEP, Pace
+from coalesce.notifying import PACE_S_MIN, UNKNOWN_PACE_S, WATCHES_PER_STEP, NotifyInterval
 from tests.coalesce.shell import Shell, put
 
 # Etcd's interval in these tests: kubeadm's.
@@ -244,7 +244,7 @@ def test_a_large_round_is_made_in_steps() -> None:
 
 
 def test_the_pace_is_learnt_from_more_than_one_interval() -> None:
-    pace = Pace()
+    pace = NotifyInterval()
     assert (pace.is_known, pace.seconds) == (False, UNKNOWN_PACE_S)
     pace.learn(5.2, 10.0)
     # A notification of the same tick, on the same stream.

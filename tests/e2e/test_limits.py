@@ -19,7 +19,7 @@ from proto.http2.events import LimitReached
 from proto.http2.frames import PREFACE
 from proto.pb import rpc_pb2
 from proxy.admin.monitor import Monitor
-from proxy.auth.reads import Reader, ReaderSettings
+from proxy.auth.reads import AuthReader, ReaderSettings
 from proxy.listening.connection import ServerConnection
 from proxy.listening.http1 import Http1Settings
 from proxy.listening.settings import REFUSED_AT, ListenerSettings
@@ -286,7 +286,7 @@ async def test_reads_that_are_not_answered_in_time() -> None:
         etcd.on_message = lambda _call, _message: None
         pool = Pool(parse_endpoints(etcd.endpoint))
         pool.start()
-        reader = Reader(pool, ReaderSettings(timeout_s=0.05))
+        reader = AuthReader(pool, ReaderSettings(timeout_s=0.05))
         reader.read(now(FakeSession()))
         await until_async(lambda: reader.failed["DEADLINE_EXCEEDED"], "a read to be given up")
         reader.stop()

@@ -11,7 +11,7 @@ import pytest
 from proxy import logs
 from proxy.passthrough.relay import Relay
 from proxy.passthrough.shared_reads import SharedReads
-from proxy.passthrough.sharing import Read
+from proxy.passthrough.sharing import SharedRead
 from proxy.server import Proxy
 from tests.e2e.running import direct, proxy_for
 from tests.e2e.scenario import run
@@ -77,7 +77,7 @@ async def test_shared_reads_are_linearizable(etcd: EtcdServer) -> None:
     assert violations(history) == []
 
 
-def _join(self: SharedReads, relay: Relay, read: Read[Relay]) -> bool:
+def _join(self: SharedReads, relay: Relay, read: SharedRead[Relay]) -> bool:
     """Let a call be answered by the read in flight, which began before the call arrived: the deliberate bug."""
     relay.keep()
     self._answers[read]._calls[relay] = read.calls[relay] = None

@@ -46,7 +46,7 @@ class Sent:
 
 
 class Calls:
-    """Carries out the effects of `Queries`, as `proxy.auth.reads.Reader` does."""
+    """Carries out the effects of `Queries`, as `proxy.auth.reads.AuthReader` does."""
 
     def __init__(self, world: World, parts: Parts, probe_age_s_max: float) -> None:
         self._world = world

@@ -21,7 +21,7 @@ from coalesce.guarantees.checkers import (
     Change,
     Created,
     Opened,
-    Previous,
+    PreviousValue,
     Received,
     Reopened,
     Truth,
@@ -504,7 +504,7 @@ def decode_change(event: Any) -> Change:
     prev = None
     if event.HasField("prev_kv"):
         old = event.prev_kv
-        prev = Previous(old.value, old.create_revision, old.mod_revision, old.version, old.lease)
+        prev = PreviousValue(old.value, old.create_revision, old.mod_revision, old.version, old.lease)
     kind = DELETE if event.type else PUT
     return Change(kind, kv.key, kv.value, kv.create_revision, kv.mod_revision, kv.version, kv.lease, prev)
 

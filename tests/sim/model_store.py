@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
-from coalesce.guarantees.checkers import DELETE, PUT, Change, Previous, Truth, in_range
+from coalesce.guarantees.checkers import DELETE, PUT, Change, PreviousValue, Truth, in_range
 from proto.pb import kv_pb2, rpc_pb2
 from proto.scan import Event, scan_watch_response
 
@@ -94,7 +94,7 @@ class Store:
         changes = []
         for key, value in operations:
             before = self._latest.get(key)
-            prev = None if before is None else Previous(*before[2:7])
+            prev = None if before is None else PreviousValue(*before[2:7])
             if value is not None:
                 created, version = (revision, 1) if prev is None else (prev.create_revision, prev.version + 1)
                 change = Change(PUT, key, value, created, revision, version, lease, prev)

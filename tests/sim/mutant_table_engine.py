@@ -131,8 +131,8 @@ ENGINE_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a stream without a leader stays where it is",
         _CHOICE,
-        "server.leaderless = True\n        return Next.ELSEWHERE",
-        "server.leaderless = True\n        return Next.HERE",
+        "server.leaderless = True\n        return StreamEndAction.ELSEWHERE",
+        "server.leaderless = True\n        return StreamEndAction.HERE",
     ),
     Mutant(
         "an endpoint that is none any more is kept",

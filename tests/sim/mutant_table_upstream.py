@@ -70,7 +70,8 @@ CLIENT_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "suspects stay suspects",
         _CLIENT,
-        "if stream.tested and stream.live and not stream.unanswered:\n            self._acquit(stream, effects)",
+        "if stream.tested and stream.live and not stream.unanswered:\n            "
+        "self._clear_suspects(stream, effects)",
         "pass",
     ),
     Mutant(

@@ -20,7 +20,7 @@ from tests.sim.model_stream import CLUSTER_ID, RAFT_TERM, ServerStream
 from tests.sim.parts import REAL, Parts
 from tests.sim.store_member import StoreMember, StoreStream
 from upstream.watching import effects as watch_effects
-from upstream.watching.stream import Next, StreamKind, WatchStream
+from upstream.watching.stream import StreamEndAction, StreamKind, WatchStream
 
 AnyMember = Member | StoreMember
 AnyStream = ServerStream | StoreStream
@@ -45,7 +45,7 @@ class Endpoint:
 
 @dataclass(slots=True, eq=False)
 class Pieces:
-    """A response that comes in pieces: `upstream.watching.feed.Large` without bytes."""
+    """A response that comes in pieces: `upstream.watching.feed.LargeMessage` without bytes."""
 
     response: WatchResponse
     # The number of events in each piece.
@@ -356,7 +356,7 @@ class UpstreamShell:
         self.breaks += 1
         self._do(self.state.over(stream, follows, status, text))
         self.unregistered = True
-        if follows is Next.ELSEWHERE:
+        if follows is StreamEndAction.ELSEWHERE:
             self.disconnect()
 
     def _unlink(self, stream: WatchStream) -> None:
@@ -472,7 +472,7 @@ class UpstreamShell:
     def _begin(self, stream: WatchStream) -> None:
         self._links[stream] = self._open(stream.token)
         stream.ordered = self._links[stream].member.ordered_progress
-        self._feeds[stream] = self._parts.feed.Feed(scan_watch_response, 1 << 20)
+        self._feeds[stream] = self._parts.feed.ResponseOrder(scan_watch_response, 1 << 20)
         if not self.choice.leaderless:
             self._led.add(stream)
 
@@ -487,7 +487,7 @@ class UpstreamShell:
     def _do(self, effects: list[watch_effects.WatchEffect]) -> None:
         for effect in effects:
             match effect:
-                case watch_effects.Write():
+                case watch_effects.WriteMessage():
                     link = self._links.get(effect.stream)
                     if link is not None:
                         link.requests.append(effect.message if self._whole else _in_fragments(effect.message))

@@ -537,7 +537,7 @@ class World:
         self.core.check()
         age_s_max = self.config.limits["lagging_age_s_max"]
         for upstream in self.open_upstreams.values():
-            if not upstream.is_backfill and type(upstream.fed).__name__ == "Cover" and upstream.token is not None:
+            if not upstream.is_backfill and type(upstream.source).__name__ == "Cover" and upstream.token is not None:
                 raise SimulationFailure("a cover is watched with the token of a client")
         for client in self.clients:
             session = client.session

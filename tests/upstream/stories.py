@@ -16,7 +16,7 @@ from upstream.watching.effects import (
     WatchEffect,
     WatchLost,
     WatchReceived,
-    Write,
+    WriteMessage,
 )
 
 
@@ -97,7 +97,7 @@ def _in_words(effect: WatchEffect) -> str:
             return "open stream" + (f" for {effect.stream.token.decode()}" if effect.stream.token else "")
         case CloseStream():
             return "close stream"
-        case Write():
+        case WriteMessage():
             return request(effect.message)
         case Progressed(watches=[]):
             return f"at {effect.header.revision} after {effect.number}"

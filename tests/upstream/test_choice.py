@@ -10,7 +10,7 @@ import pytest
 from proto import etcd_errors
 from proto.framing import Status
 from upstream.watching.choice import EndpointPolicy, SearchGoal, on_stream_end
-from upstream.watching.stream import Next
+from upstream.watching.stream import StreamEndAction
 
 
 @dataclass
@@ -42,22 +42,22 @@ class Endpoint:
 @pytest.mark.parametrize(
     ("status", "text", "answered", "moved", "healthy", "follows"),
     [
-        (Status.UNAVAILABLE, "gone", True, False, True, Next.HERE),
-        (Status.UNAVAILABLE, "gone", False, False, True, Next.ELSEWHERE),
-        (Status.UNAVAILABLE, "the connection ended", False, True, True, Next.MOVED),
-        (Status.UNAVAILABLE, "gone", True, False, False, Next.NOTHING),
-        (Status.UNAVAILABLE, etcd_errors.NO_LEADER, True, False, True, Next.ELSEWHERE),
-        (Status.CANCELLED, "server stopped", True, False, True, Next.HERE),
-        (Status.UNIMPLEMENTED, "no such service", False, False, True, Next.ELSEWHERE),
-        (Status.PERMISSION_DENIED, "no", True, False, True, Next.LOST),
-        (Status.UNAUTHENTICATED, "no", False, False, False, Next.LOST),
-        (Status.INVALID_ARGUMENT, "etcdserver: user name is empty", True, False, True, Next.LOST),
-        (Status.INVALID_ARGUMENT, "no", True, False, True, Next.HERE),
-        (Status.RESOURCE_EXHAUSTED, "larger than max", False, False, False, Next.NOTHING),
+        (Status.UNAVAILABLE, "gone", True, False, True, StreamEndAction.HERE),
+        (Status.UNAVAILABLE, "gone", False, False, True, StreamEndAction.ELSEWHERE),
+        (Status.UNAVAILABLE, "the connection ended", False, True, True, StreamEndAction.MOVED),
+        (Status.UNAVAILABLE, "gone", True, False, False, StreamEndAction.NOTHING),
+        (Status.UNAVAILABLE, etcd_errors.NO_LEADER, True, False, True, StreamEndAction.ELSEWHERE),
+        (Status.CANCELLED, "server stopped", True, False, True, StreamEndAction.HERE),
+        (Status.UNIMPLEMENTED, "no such service", False, False, True, StreamEndAction.ELSEWHERE),
+        (Status.PERMISSION_DENIED, "no", True, False, True, StreamEndAction.LOST),
+        (Status.UNAUTHENTICATED, "no", False, False, False, StreamEndAction.LOST),
+        (Status.INVALID_ARGUMENT, "etcdserver: user name is empty", True, False, True, StreamEndAction.LOST),
+        (Status.INVALID_ARGUMENT, "no", True, False, True, StreamEndAction.HERE),
+        (Status.RESOURCE_EXHAUSTED, "larger than max", False, False, False, StreamEndAction.NOTHING),
     ],
 )
 def test_action_after_the_end_of_a_stream(
-    status: int, text: str, answered: bool, moved: bool, healthy: bool, follows: Next
+    status: int, text: str, answered: bool, moved: bool, healthy: bool, follows: StreamEndAction
 ) -> None:
     here, other = Endpoint(), Endpoint()
     found = on_stream_end(
@@ -71,23 +71,25 @@ def test_action_after_the_end_of_a_stream(
     ("status", "stream", "works", "follows"),
     [
         # Ends that a create can cause.
-        (Status.RESOURCE_EXHAUSTED, Stream(True, False, [Watch()]), True, Next.APART),
-        (Status.INTERNAL, Stream(False, False, [Watch()]), False, Next.APART),
-        (Status.INVALID_ARGUMENT, Stream(False, False, [Watch()]), True, Next.APART),
-        (Status.INTERNAL, Stream(True, True, [Watch()]), True, Next.APART),
+        (Status.RESOURCE_EXHAUSTED, Stream(True, False, [Watch()]), True, StreamEndAction.APART),
+        (Status.INTERNAL, Stream(False, False, [Watch()]), False, StreamEndAction.APART),
+        (Status.INVALID_ARGUMENT, Stream(False, False, [Watch()]), True, StreamEndAction.APART),
+        (Status.INTERNAL, Stream(True, True, [Watch()]), True, StreamEndAction.APART),
         # The end by a server that shuts down, for the first time and repeated.
-        (Status.UNAVAILABLE, Stream(True, False, [Watch()]), True, Next.HERE),
-        (Status.UNAVAILABLE, Stream(False, False, [Watch()]), True, Next.HERE),
-        (Status.UNAVAILABLE, Stream(False, False, [Watch(), Watch(1)]), True, Next.APART),
-        (Status.UNAVAILABLE, Stream(False, False, [Watch(1)]), False, Next.ELSEWHERE),
+        (Status.UNAVAILABLE, Stream(True, False, [Watch()]), True, StreamEndAction.HERE),
+        (Status.UNAVAILABLE, Stream(False, False, [Watch()]), True, StreamEndAction.HERE),
+        (Status.UNAVAILABLE, Stream(False, False, [Watch(), Watch(1)]), True, StreamEndAction.APART),
+        (Status.UNAVAILABLE, Stream(False, False, [Watch(1)]), False, StreamEndAction.ELSEWHERE),
         # Not even the probe was answered.
-        (Status.INTERNAL, Stream(False, True, [Watch(1)]), False, Next.ELSEWHERE),
-        (Status.INTERNAL, Stream(False, True, [Watch(1)]), True, Next.HERE),
-        (Status.INTERNAL, Stream(False, True, [Watch(1)], b"token"), True, Next.TOKEN),
-        (Status.UNAVAILABLE, Stream(False, True, [Watch(1)], b"token"), True, Next.HERE),
+        (Status.INTERNAL, Stream(False, True, [Watch(1)]), False, StreamEndAction.ELSEWHERE),
+        (Status.INTERNAL, Stream(False, True, [Watch(1)]), True, StreamEndAction.HERE),
+        (Status.INTERNAL, Stream(False, True, [Watch(1)], b"token"), True, StreamEndAction.TOKEN),
+        (Status.UNAVAILABLE, Stream(False, True, [Watch(1)], b"token"), True, StreamEndAction.HERE),
     ],
 )
-def test_action_depends_on_the_cause_of_the_end(status: int, stream: Stream, works: bool, follows: Next) -> None:
+def test_action_depends_on_the_cause_of_the_end(
+    status: int, stream: Stream, works: bool, follows: StreamEndAction
+) -> None:
     here = Endpoint()
     assert on_stream_end(stream, status, "text", here, [here], moved=False, healthy=True, works=works) is follows
 
@@ -96,7 +98,7 @@ def test_watches_are_lost_when_no_endpoint_has_the_service() -> None:
     here, other = Endpoint(), Endpoint(unimplemented=True)
     stream = Stream(answered=False)
     found = on_stream_end(stream, Status.UNIMPLEMENTED, "", here, [here, other], moved=False, healthy=True, works=False)
-    assert found is Next.LOST
+    assert found is StreamEndAction.LOST
 
 
 def test_leaderless_when_all_failed_and_one_had_no_leader() -> None:

@@ -260,7 +260,7 @@ async def test_urgent_output_is_written_before_the_end_of_the_turn(monkeypatch: 
         window = call.stream.send_window
         for _ in range(3):
             call.write((b"\0\0\0\0\0",), 5)
-            connection.hurry()
+            connection.flush_now()
         assert sent == [window - 5]
         await until_async(lambda: len(sent) > 1, "the end of the turn")
         assert sent == [window - 5, window - 15]

@@ -12,7 +12,7 @@ from proto.framing import FramingError, frame
 from proto.large import STEP_BYTES, EventTooLarge, LargeResponse
 from proto.pb import kv_pb2, rpc_pb2
 from proto.scan import WatchResponse, scan_watch_response
-from upstream.watching.feed import LARGE_BYTES, Feed
+from upstream.watching.feed import LARGE_BYTES, ResponseOrder
 
 
 def message(watch_id: int, revisions: Sequence[int], value_bytes: int = 10, *, created: bool = False) -> bytes:
@@ -38,7 +38,7 @@ def in_parts(rng: random.Random, data: bytes, part_max: int) -> list[bytes]:
     return parts
 
 
-def read_all(feed: Feed, data: bytes) -> list[WatchResponse]:
+def read_all(feed: ResponseOrder, data: bytes) -> list[WatchResponse]:
     """Return the responses in some bytes."""
     got = feed.feed(data)
     while feed.behind:
@@ -60,7 +60,7 @@ def test_each_watch_gets_its_responses_in_order(seed: int) -> None:
         else message(rng.randrange(3), [1, 2, 3], rng.choice((LARGE_BYTES // 2, 2 * LARGE_BYTES)))
         for _ in range(12)
     ]
-    feed = Feed(scan_watch_response, 1 << 30)
+    feed = ResponseOrder(scan_watch_response, 1 << 30)
     got: list[WatchResponse] = []
     for part in in_parts(rng, b"".join(map(frame, sent)), rng.choice((100, 20_000, 1 << 20))):
         got += feed.feed(part)
@@ -79,7 +79,7 @@ def test_each_watch_gets_its_responses_in_order(seed: int) -> None:
 
 
 def test_responses_of_other_watches_overtake_a_large_one() -> None:
-    feed = Feed(scan_watch_response, 1 << 30)
+    feed = ResponseOrder(scan_watch_response, 1 << 30)
     large = message(1, range(1, 20_000))
     assert feed.feed(frame(large)) == []
     [other] = feed.feed(frame(message(2, [7])))
@@ -99,7 +99,7 @@ def test_responses_of_other_watches_overtake_a_large_one() -> None:
 
 
 def test_a_response_held_back_is_overtaken_by_other_watches() -> None:
-    feed = Feed(scan_watch_response, 1 << 30)
+    feed = ResponseOrder(scan_watch_response, 1 << 30)
     [held] = feed.feed(frame(message(1, [7])))
     feed.hold(held)
     assert feed.unread == len(held.events[0].encoded)
@@ -114,7 +114,7 @@ def test_a_response_held_back_is_overtaken_by_other_watches() -> None:
 
 
 def test_a_piece_is_read_in_a_bounded_turn() -> None:
-    feed = Feed(scan_watch_response, 1 << 30)
+    feed = ResponseOrder(scan_watch_response, 1 << 30)
     feed.feed(frame(message(1, range(1, 20_000))))
     while feed.behind:
         for piece in feed.step():
@@ -122,7 +122,7 @@ def test_a_piece_is_read_in_a_bounded_turn() -> None:
 
 
 def test_an_event_above_the_limit_ends_its_watch_and_no_other() -> None:
-    feed = Feed(scan_watch_response, LARGE_BYTES)
+    feed = ResponseOrder(scan_watch_response, LARGE_BYTES)
     sent = frame(message(1, [5, 6, 7], LARGE_BYTES + 1)) + frame(message(2, [8]))
     got: list[WatchResponse] = []
     for start in range(0, len(sent), 16_384):
@@ -143,14 +143,14 @@ def test_an_event_above_the_limit_ends_its_watch_and_no_other() -> None:
     ids=["watch id behind events", "no tag", "no events", "an event that is cut off"],
 )
 def test_invalid_watch_response_is_an_error(data: bytes) -> None:
-    feed = Feed(scan_watch_response, 1 << 30)
+    feed = ResponseOrder(scan_watch_response, 1 << 30)
     with pytest.raises(ScanError):
         read_all(feed, frame(data))
 
 
 def test_unknown_fields_behind_the_events_are_left_behind() -> None:
     unknown = b"\x62\x03abc"
-    feed = Feed(scan_watch_response, 1 << 30)
+    feed = ResponseOrder(scan_watch_response, 1 << 30)
     got = read_all(feed, frame(message(1, range(1, 9000)) + unknown))
     assert len(events(got, 1)) == 8999
     assert not got[-1].fragment
@@ -158,7 +158,7 @@ def test_unknown_fields_behind_the_events_are_left_behind() -> None:
 
 def test_compressed_messages_are_an_error() -> None:
     with pytest.raises(FramingError, match="compressed"):
-        Feed(scan_watch_response, 1).feed(frame(b"x", compressed=True))
+        ResponseOrder(scan_watch_response, 1).feed(frame(b"x", compressed=True))
 
 
 def test_a_cut_waits_for_the_rest_of_its_event() -> None:

@@ -46,7 +46,7 @@ async def test_endpoint_that_owes_an_answer_is_avoided() -> None:
             asking = pool.ask("/test/Slow", b"x", (), 10.0, lambda _: None)
             await asyncio.sleep(0)
         loop = asyncio.get_running_loop()
-        await until_async(lambda: slow.owing.owes(loop.time()), "it to owe an answer")
+        await until_async(lambda: slow.answer_due.is_overdue(loop.time()), "it to owe an answer")
         assert [pool.pick() for _ in range(4)] == [connections[other.endpoint]] * 4
         assert pool.own_endpoints()[-1] == one.endpoint
         asking.cancel()
@@ -61,7 +61,7 @@ async def test_when_all_owe_answers_calls_go_round_them() -> None:
         calls = [pool.ask("/test/Slow", b"x", (), 10.0, lambda _: None) for _ in range(2)]
         connections = [pool.pick_at(name) for name in pool.own_endpoints()]
         await until_async(
-            lambda: all(each is not None and each.owing.owes(loop.time()) for each in connections),
+            lambda: all(each is not None and each.answer_due.is_overdue(loop.time()) for each in connections),
             "both to owe an answer",
         )
         assert len({pool.pick() for _ in range(4)}) == 2

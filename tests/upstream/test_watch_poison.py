@@ -7,7 +7,7 @@ import pytest
 from tests.upstream.stories import Opened, answer, in_words, refusal
 from upstream.watching.effects import CloseStream, OpenStream, WatchEffect, WatchLost
 from upstream.watching.state import WatchState
-from upstream.watching.stream import Next, StreamKind, WatchStream
+from upstream.watching.stream import StreamEndAction, StreamKind, WatchStream
 from upstream.watching.streams import LARGE_CREATE_BYTES, STREAMS_MAX
 
 TOO_LARGE = (8, "grpc: received message larger than max (2097200 vs. 2097152)")
@@ -52,7 +52,7 @@ class Etcd:
         if registration is not None and registration.watch.key in self.poisoned:
             self.ends += 1
             self.open -= 1
-            self._take(self.state.over(stream, Next.APART, *TOO_LARGE))
+            self._take(self.state.over(stream, StreamEndAction.APART, *TOO_LARGE))
         elif registration is None:
             self._take(self.state.received(stream, refusal(10)))
         else:
@@ -80,13 +80,15 @@ def test_create_that_ends_its_stream_is_lost_at_the_second_try() -> None:
     state.received(stream, answer(0, 10, created=True))
     state.received(stream, answer(0, 12, [12]))
     assert in_words(state.open(bad)) == ["create bad from 0"]
-    assert state.over(stream, Next.APART, *TOO_LARGE) == []
+    assert state.over(stream, StreamEndAction.APART, *TOO_LARGE) == []
     # Live watches do not wait for the suspects, which wait for the answer to a probe.
     assert in_words(state.register()) == ["open stream", "create live from 0", "open stream", "probe"]
     trial = stream_of(state, bad)
     assert trial is not stream_of(state, live)
     assert in_words(state.received(trial, refusal(12))) == ["at 12", "create bad from 0"]
-    assert in_words(state.over(trial, Next.APART, *TOO_LARGE)) == [f"bad lost: {TOO_LARGE[0]} {TOO_LARGE[1]}"]
+    assert in_words(state.over(trial, StreamEndAction.APART, *TOO_LARGE)) == [
+        f"bad lost: {TOO_LARGE[0]} {TOO_LARGE[1]}"
+    ]
     assert state.register() == []
     assert len(state) == 1
 
@@ -96,7 +98,7 @@ def test_suspects_that_are_answered_go_back_to_the_shared_stream() -> None:
     a, b = Opened(b"a"), Opened(b"b")
     state.open(a)
     state.open(b)
-    state.over(stream_of(state, a), Next.APART, 13, "reset")
+    state.over(stream_of(state, a), StreamEndAction.APART, 13, "reset")
     assert in_words(state.register()) == ["open stream", "probe"]
     trial = stream_of(state, a)
     assert in_words(state.received(trial, refusal(10))) == ["at 10", "create a from 0", "create b from 0"]
@@ -144,14 +146,14 @@ def test_a_suspect_that_is_closed_may_have_been_the_one() -> None:
     etcd = Etcd(state, {b"bad"})
     state.open(bad)
     state.open(good)
-    etcd.run(state.over(stream_of(state, bad), Next.APART, *TOO_LARGE))
+    etcd.run(state.over(stream_of(state, bad), StreamEndAction.APART, *TOO_LARGE))
     assert etcd.lost == [b"bad"]
     bad = Opened(b"bad")
     state.open(bad)
-    state.over(stream_of(state, bad), Next.APART, *TOO_LARGE)
+    state.over(stream_of(state, bad), StreamEndAction.APART, *TOO_LARGE)
     other = Opened(b"other")
     state.open(other)
-    state.over(stream_of(state, other), Next.APART, *TOO_LARGE)
+    state.over(stream_of(state, other), StreamEndAction.APART, *TOO_LARGE)
     state.register()
     trial = stream_of(state, bad)
     state.received(trial, refusal(10))
@@ -191,7 +193,7 @@ def test_a_token_that_ends_its_stream_is_given_up_for_others() -> None:
     state = connected()
     mine = Opened(b"mine", token=b"me")
     state.open(mine)
-    state.over(stream_of(state, mine), Next.APART, 13, "reset")
+    state.over(stream_of(state, mine), StreamEndAction.APART, 13, "reset")
     state.register()
-    effects = state.over(stream_of(state, mine), Next.TOKEN, 13, "reset")
+    effects = state.over(stream_of(state, mine), StreamEndAction.TOKEN, 13, "reset")
     assert in_words(effects) == ["mine lost: 16 etcd ended the stream of this token: reset"]

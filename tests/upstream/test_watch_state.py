@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.upstream.stories import Opened, answer, in_words, refusal
-from upstream.watching.effects import Write
+from upstream.watching.effects import WriteMessage
 from upstream.watching.state import WatchState
-from upstream.watching.stream import Next, OpenedWatch, WatchStream
+from upstream.watching.stream import OpenedWatch, StreamEndAction, WatchStream
 
 GO_PERMISSION = "rpc error: code = PermissionDenied desc = etcdserver: permission denied"
 
@@ -123,7 +123,7 @@ def test_watch_closed_before_created_is_cancelled_by_its_id() -> None:
     assert in_words(state.received(stream, answer(1, 10, created=True))) == ["b created at 10"]
     assert in_words(state.received(stream, answer(0, 11, [11]))) == ["at 11"]
     assert in_words(state.received(stream, answer(0, 11, canceled=True))) == ["at 11"]
-    assert stream.dying == set()
+    assert stream.canceled_ids == set()
 
 
 def test_refusal_of_a_closed_watch_is_not_reported() -> None:
@@ -145,9 +145,9 @@ def test_events_of_cancelled_ids_are_dropped_until_the_answer() -> None:
     assert in_words(state.received(stream, answer(0, 11, [11]))) == ["at 11"]
     # A compaction cancel is not the answer to our cancel.
     assert in_words(state.received(stream, answer(0, 0, canceled=True, compact_revision=5))) == ["at 0"]
-    assert stream.dying == {0}
+    assert stream.canceled_ids == {0}
     assert in_words(state.received(stream, answer(0, 12, canceled=True))) == ["at 12"]
-    assert stream.dying == set()
+    assert stream.canceled_ids == set()
     assert in_words(state.received(stream, answer(1, 12, [12]))) == ["b got 12"]
 
 
@@ -370,7 +370,7 @@ def test_a_stream_that_ended_is_registered_again_alone() -> None:
     a, mine = Opened(b"a"), Opened(b"mine", token=b"me")
     live(state, a)
     state.open(mine)
-    assert state.over(stream_of(state, mine), Next.HERE, 14, "gone") == []
+    assert state.over(stream_of(state, mine), StreamEndAction.HERE, 14, "gone") == []
     assert in_words(state.register()) == ["open stream for me", "create mine from 0"]
     assert state.register() == []
 
@@ -511,7 +511,7 @@ def test_progress_is_requested_only_on_streams_of_the_watches() -> None:
     gone = Opened(b"gone")
     effects = state.request_progress(1, (shared, mine, gone, also))
     assert in_words(effects) == ["progress?"] * 2
-    assert {id(effect.stream) for effect in effects if isinstance(effect, Write)} == {
+    assert {id(effect.stream) for effect in effects if isinstance(effect, WriteMessage)} == {
         id(stream),
         id(stream_of(state, mine)),
     }

@@ -8,7 +8,7 @@ from proto.framing import Status
 from proto.pb import rpc_pb2, v3election_pb2
 from upstream.store.calls import Context, answers_stream, parse, service
 from upstream.store.errors import StoreError, StoreRefusal
-from upstream.store.queueing import Line, created_at, leave
+from upstream.store.queueing import LockQueue, created_at, leave
 from upstream.store.service import LineService
 
 MISSING_LEADER_KEY = StoreRefusal(Status.UNKNOWN, '"leader" field must be provided')
@@ -62,7 +62,7 @@ class ElectionService(LineService):
         response = await self._proclaim(line, request.leader, request.value)
         return v3election_pb2.ProclaimResponse(header=response.header)
 
-    async def _proclaim(self, line: Line, leader: v3election_pb2.LeaderKey, value: bytes) -> rpc_pb2.TxnResponse:
+    async def _proclaim(self, line: LockQueue, leader: v3election_pb2.LeaderKey, value: bytes) -> rpc_pb2.TxnResponse:
         request = rpc_pb2.TxnRequest(compare=[created_at(leader.key, leader.rev)])
         put = rpc_pb2.PutRequest(key=leader.key, value=value, lease=leader.lease)
         request.success.add().request_put.CopyFrom(put)
@@ -85,7 +85,7 @@ class ElectionService(LineService):
         response = await self._resign(self._line(request.leader.name, user), request.leader)
         return v3election_pb2.ResignResponse(header=response.header)
 
-    async def _resign(self, line: Line, leader: v3election_pb2.LeaderKey) -> rpc_pb2.TxnResponse:
+    async def _resign(self, line: LockQueue, leader: v3election_pb2.LeaderKey) -> rpc_pb2.TxnResponse:
         request = rpc_pb2.TxnRequest(compare=[created_at(leader.key, leader.rev)])
         request.success.add().request_delete_range.CopyFrom(rpc_pb2.DeleteRangeRequest(key=leader.key))
         return await line.commit(request)

@@ -182,14 +182,14 @@ class Journal(JournalRecorder):
             raise self._unusable(f"has format {version}; this release supports format {FORMAT} only")
 
     def _read(self) -> Stored:
-        """Read and check the file on a read-only connection. Raises _Damaged, sqlite3.Error."""
+        """Read and check the file on a read-only connection. Raises _JournalDamaged, sqlite3.Error."""
         with closing(sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, timeout=0)) as file:
             problems = [row[0] for row in file.execute("PRAGMA quick_check(1)")]
             if problems != ["ok"]:
-                raise _Damaged(" ".join(problems[0].split()))
+                raise _JournalDamaged(" ".join(problems[0].split()))
             meta = file.execute("SELECT cluster_id, member_id, revision, compact_revision FROM meta").fetchall()
             if len(meta) != 1:
-                raise _Damaged("its revision is missing")
+                raise _JournalDamaged("its revision is missing")
             rows = file.execute("SELECT * FROM records ORDER BY mod_revision, sub_revision")
             cluster_id, member_id, revision, compact_revision = meta[0]
             records = [_record(row) for row in rows]
@@ -198,7 +198,7 @@ class Journal(JournalRecorder):
             alarms = [_alarm(data) for (data,) in file.execute("SELECT data FROM alarms")]
         stored = Stored(cluster_id, member_id, revision, compact_revision, records, leases, auth, alarms)
         if problem := _inconsistency(stored):
-            raise _Damaged(problem)
+            raise _JournalDamaged(problem)
         return stored
 
     def _unusable(self, what: str) -> StoreDataError:
@@ -216,7 +216,7 @@ class Journal(JournalRecorder):
             raise StoreDataError(f"{self.path} cannot {what}: {error}; check the disk and its permissions") from None
         except sqlite3.DatabaseError as error:
             raise self._unusable(f"is damaged ({error})") from None
-        except (_Damaged, UnicodeDecodeError) as error:
+        except (_JournalDamaged, UnicodeDecodeError) as error:
             # SQLite's error texts quote the damaged data, which may not decode as UTF-8.
             raise self._unusable(f"is damaged ({error})") from None
         except OSError as error:
@@ -273,7 +273,7 @@ def _row(record: RevisionRecord) -> tuple[int, int, bytes, bytes, int, int, int,
 
 
 def _record(row: tuple[Any, ...]) -> RevisionRecord:
-    """Make a record from its row. Raises _Damaged."""
+    """Make a record from its row. Raises _JournalDamaged."""
     mod_revision, sub_revision, key, value, create_revision, version, lease, deleted, checksum = row
     record = RevisionRecord(key, value, create_revision, mod_revision, sub_revision, version, lease, bool(deleted))
     try:
@@ -282,11 +282,11 @@ def _record(row: tuple[Any, ...]) -> RevisionRecord:
         # A column has the wrong type.
         right = False
     if not right:
-        raise _Damaged(f"the checksum of revision {mod_revision} is wrong")
+        raise _JournalDamaged(f"the checksum of revision {mod_revision} is wrong")
     return record
 
 
-class _Damaged(Exception):
+class _JournalDamaged(Exception):
     """The file is damaged; the text describes the damage."""
 
 
@@ -299,7 +299,7 @@ def _alarm(data: bytes) -> Alarm:
     try:
         member = rpc_pb2.AlarmMember.FromString(data)
     except (DecodeError, TypeError):
-        raise _Damaged("an alarm cannot be read") from None
+        raise _JournalDamaged("an alarm cannot be read") from None
     return member.memberID, member.alarm
 
 

@@ -29,7 +29,7 @@ SESSION_TTL_S = 60
 _Range = rpc_pb2.RangeRequest
 
 
-class Line:
+class LockQueue:
     """One line, on behalf of one caller."""
 
     __slots__ = ("_state", "_user", "_writer", "prefix")

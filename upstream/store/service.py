@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from google.protobuf.message import Message
 
 from upstream.store.calls import Calls, Handler, Request
-from upstream.store.queueing import Line
+from upstream.store.queueing import LockQueue
 from upstream.store.state import StoreState
 from upstream.store.writer import StoreWriter
 
@@ -53,8 +53,8 @@ class StoreService:
 class LineService(StoreService):
     """Base class of Lock and Election."""
 
-    def _line(self, name: bytes, user: str | None) -> Line:
-        return Line(self._state, self._writer, name, user)
+    def _line(self, name: bytes, user: str | None) -> LockQueue:
+        return LockQueue(self._state, self._writer, name, user)
 
     def _unary(self, kind: type[Request], answer: Callable[[Request, str | None], Awaitable[Message]]) -> Handler:
         """Make the handler of a unary method; refusals of these two services have no code."""

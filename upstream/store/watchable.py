@@ -54,7 +54,7 @@ class WatchLimits:
     """Revisions of the log that one `sync` reads, so that it never blocks the store for long."""
 
 
-class State(Enum):
+class WatcherState(Enum):
     """The group of a watcher."""
 
     SYNCED = auto()
@@ -83,7 +83,7 @@ class Watcher:
     progress_notify: bool = False
     # Whether the next progress tick notifies this watcher: not if it had events since the last tick.
     progress_due: bool = False
-    state: State = State.UNSYNCED
+    state: WatcherState = WatcherState.UNSYNCED
 
     def answer(self, batch: EventBatch, revision: int) -> WatchMessage | None:
         """Make this watcher's message of a batch; None when its filters leave no events."""
@@ -225,7 +225,7 @@ class WatchableStore:
         for watcher in list(islice(self._unsynced, self.limits.sync_watchers_max)):
             if watcher.next_revision < self.mvcc.compact_revision:
                 del self._unsynced[watcher]
-                watcher.state = State.COMPACTED
+                watcher.state = WatcherState.COMPACTED
                 watcher.stream.queue_control(
                     WatchMessage(
                         watcher.watch_id,
@@ -281,26 +281,26 @@ class WatchableStore:
 
     def remove(self, watcher: Watcher) -> None:
         """Remove a watcher in any state."""
-        if watcher.state is State.SYNCED:
+        if watcher.state is WatcherState.SYNCED:
             self._synced.remove(watcher)
-        elif watcher.state is State.UNSYNCED:
+        elif watcher.state is WatcherState.UNSYNCED:
             del self._unsynced[watcher]
-        elif watcher.state is State.VICTIM:
+        elif watcher.state is WatcherState.VICTIM:
             del self._victims[watcher]
-        watcher.state = State.GONE
+        watcher.state = WatcherState.GONE
         self.stats.watchers -= 1
 
     def _place(self, watcher: Watcher) -> None:
         if watcher.next_revision > self.mvcc.revision:
-            watcher.state = State.SYNCED
+            watcher.state = WatcherState.SYNCED
             self._synced.add(watcher)
         else:
-            watcher.state = State.UNSYNCED
+            watcher.state = WatcherState.UNSYNCED
             self._unsynced[watcher] = None
             self.on_unsynced()
 
     def _add_victim(self, watcher: Watcher, message: WatchMessage, next_revision: int) -> None:
-        watcher.state = State.VICTIM
+        watcher.state = WatcherState.VICTIM
         watcher.next_revision = next_revision
         self._victims[watcher] = message
         self.on_victim()
@@ -499,7 +499,7 @@ class ServedStream:
             self._on_ready()
 
     def _is_complete(self, watcher: Watcher) -> bool:
-        return watcher.state is State.SYNCED and watcher.start_revision <= self._store.mvcc.revision
+        return watcher.state is WatcherState.SYNCED and watcher.start_revision <= self._store.mvcc.revision
 
     def _take_id(self, watch_id: int) -> int:
         if watch_id:

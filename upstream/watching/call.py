@@ -18,8 +18,8 @@ from upstream.connection import ClientConnection, UpstreamCall
 from upstream.heads import request_headers
 from upstream.settings import UpstreamSettings
 from upstream.unary import Metadata
-from upstream.watching.feed import Feed
-from upstream.watching.stream import Create, StreamKind, WatchStream
+from upstream.watching.feed import ResponseOrder
+from upstream.watching.stream import SentCreate, StreamKind, WatchStream
 
 WATCH_PATH: Final = b"/etcdserverpb.Watch/Watch"
 
@@ -80,7 +80,7 @@ class UpstreamWatchCall:
         self._owner = owner
         self._stream = stream
         self._loop = asyncio.get_running_loop()
-        self._feed = Feed(owner.scan, settings.watch_message_bytes_max)
+        self._feed = ResponseOrder(owner.scan, settings.watch_message_bytes_max)
         # The next step of a large response is scheduled.
         self._goes_on = False
         # Messages to write when the call starts, which may have to wait for a place at the server.
@@ -91,10 +91,10 @@ class UpstreamWatchCall:
         self._taken = 0
         self._taken_max = settings.connection.stream_window_bytes * _RETURNED_SHARE
         # The oldest unanswered create at the last check, and when it was first seen as the oldest.
-        self._oldest: Create | None = None
+        self._oldest: SentCreate | None = None
         self._oldest_since = 0.0
         # The create last reported as unanswered.
-        self._reported: Create | None = None
+        self._reported: SentCreate | None = None
         # None before it starts, and after it has ended.
         self.call: UpstreamCall | None = None
 
@@ -113,10 +113,10 @@ class UpstreamWatchCall:
         else:
             self._unsent.append(framed)
 
-    def hurry(self) -> None:
+    def flush_now(self) -> None:
         """Send the queued output before any other output of this turn of the loop."""
         if self.call is not None:
-            self.call.connection.hurry()
+            self.call.connection.flush_now()
 
     @property
     def moved(self) -> bool:

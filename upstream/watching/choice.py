@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from proto import etcd_errors
 from proto.framing import Status
-from upstream.watching.stream import Next
+from upstream.watching.stream import StreamEndAction
 
 # Statuses of a server that shuts down and of a lost connection; one create may be the cause of any other status.
 _SERVERS: Final = frozenset({Status.OK, Status.CANCELLED, Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED})
@@ -39,7 +39,7 @@ class EndpointHealth(Protocol):
     unimplemented: bool
 
 
-class Ended(Protocol):
+class EndedStream(Protocol):
     """What the decision needs from a stream that ended: `WatchStream`."""
 
     @property
@@ -107,7 +107,7 @@ class EndpointPolicy:
 
 
 def on_stream_end(
-    stream: Ended,
+    stream: EndedStream,
     status: int,
     text: str,
     server: EndpointHealth,
@@ -116,7 +116,7 @@ def on_stream_end(
     moved: bool,
     healthy: bool,
     works: bool,
-) -> Next:
+) -> StreamEndAction:
     """
     Decide what to do after a stream at `server` ended with a status.
 
@@ -124,27 +124,27 @@ def on_stream_end(
     the server has answered a create since it is in use, on any stream.
     """
     if etcd_errors.is_auth_refusal(status, text):
-        return Next.LOST
+        return StreamEndAction.LOST
     if status == Status.UNIMPLEMENTED:
         server.unimplemented = True
         if all(each.unimplemented for each in endpoints):
-            return Next.LOST
+            return StreamEndAction.LOST
     if stream.answered:
         server.unimplemented = False
     if not healthy:
-        return Next.NOTHING
+        return StreamEndAction.NOTHING
     if status == Status.UNAVAILABLE and text == etcd_errors.NO_LEADER:
         server.leaderless = True
-        return Next.ELSEWHERE
+        return StreamEndAction.ELSEWHERE
     if moved:
-        return Next.MOVED
+        return StreamEndAction.MOVED
     if status == Status.UNIMPLEMENTED:
-        return Next.HERE if stream.answered else Next.ELSEWHERE
+        return StreamEndAction.HERE if stream.answered else StreamEndAction.ELSEWHERE
     of_server = status in _SERVERS
     if stream.tested and not stream.answered:
         # Not even the probe was answered: no watch's create is the cause.
         if works and stream.token is not None and not of_server:
-            return Next.TOKEN
+            return StreamEndAction.TOKEN
     elif any(not of_server or (works and each.ends) for each in stream.unanswered):
-        return Next.APART
-    return Next.HERE if works else Next.ELSEWHERE
+        return StreamEndAction.APART
+    return StreamEndAction.HERE if works else StreamEndAction.ELSEWHERE

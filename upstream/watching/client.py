@@ -41,10 +41,10 @@ from upstream.watching.choice import EndpointPolicy, SearchGoal, on_stream_end
 from upstream.watching.leader import LeaderCall
 from upstream.watching.lineage import HistoryTracker, HistoryVerdict, described
 from upstream.watching.listener import WatchListener
-from upstream.watching.places import Places
+from upstream.watching.places import StreamPlaces
 from upstream.watching.route import RouteCheck
 from upstream.watching.state import WatchState
-from upstream.watching.stream import Next, OpenedWatch, WatchStream
+from upstream.watching.stream import OpenedWatch, StreamEndAction, WatchStream
 from upstream.watching.unanswered import UnansweredCreates
 
 
@@ -75,7 +75,7 @@ class WatchClient:
         # The server in use; None while there is none.
         self._server: Server | None = None
         # The connections to it, and the streams that wait for a place there.
-        self._places = Places(self._metadata)
+        self._places = StreamPlaces(self._metadata)
         self._leader_call = LeaderCall(self._places.pick, self._leader_lost)
         # Set when the server in use must be left.
         self._lost = asyncio.Event()
@@ -201,8 +201,8 @@ class WatchClient:
         self._apply(effects)
         for effect in effects if watch.start_revision is None else ():
             # Send the create now: the client may send a put right after its own create, on another connection to etcd.
-            if isinstance(effect, watch_effects.Write) and isinstance(effect.stream.shell, UpstreamWatchCall):
-                effect.stream.shell.hurry()
+            if isinstance(effect, watch_effects.WriteMessage) and isinstance(effect.stream.shell, UpstreamWatchCall):
+                effect.stream.shell.flush_now()
 
     def close(self, watch: OpenedWatch) -> None:
         """Cancel a watch; the listener gets no more notifications of it. A watch that has ended is ignored."""
@@ -258,7 +258,7 @@ class WatchClient:
             match effect:
                 case watch_effects.WatchReceived():
                     listener.received(effect.watch, effect.response)
-                case watch_effects.Write():
+                case watch_effects.WriteMessage():
                     shell = effect.stream.shell
                     if isinstance(shell, UpstreamWatchCall):
                         shell.write(effect.message)
@@ -315,14 +315,14 @@ class WatchClient:
             works=self._state.works,
         )
         self._apply(self._state.over(stream, follows, status, text))
-        if follows is Next.MOVED:
+        if follows is StreamEndAction.MOVED:
             asyncio.get_running_loop().call_soon(self._register_moved)
-        elif follows is Next.HERE:
+        elif follows is StreamEndAction.HERE:
             self._register_later(server)
-        elif follows is Next.APART and self._register_timer is None:
+        elif follows is StreamEndAction.APART and self._register_timer is None:
             # Without a delay: each create is retried a bounded number of times.
             self._register_timer = asyncio.get_running_loop().call_later(0, self._register)
-        elif follows is Next.ELSEWHERE:
+        elif follows is StreamEndAction.ELSEWHERE:
             self._give_up(server, f"it ended the watch stream: {CallFailed(status, text)}")
 
     def _register_moved(self) -> None:
@@ -552,7 +552,7 @@ class WatchClient:
         server.version = other.version
         self._state.ordered_progress = other.ordered_progress and (only or self._state.ordered_progress)
         if other.header is not None:
-            self._state.saw(other.header.revision)
+            self._state.note_revision(other.header.revision)
             self._listener.header_seen(other.header)
         self._listener.resumed()
         self._prepare(other)

@@ -26,7 +26,7 @@ class CloseStream:
 
 
 @dataclass(slots=True, eq=False)
-class Write:
+class WriteMessage:
     """Send a message (WatchRequest, without the gRPC prefix) on a stream."""
 
     stream: WatchStream
@@ -76,4 +76,6 @@ class HeaderSeen:
     header: Header
 
 
-WatchEffect = OpenStream | CloseStream | Write | WatchReceived | Progressed | WatchLost | TokenRefused | HeaderSeen
+WatchEffect = (
+    OpenStream | CloseStream | WriteMessage | WatchReceived | Progressed | WatchLost | TokenRefused | HeaderSeen
+)

@@ -25,7 +25,7 @@ LARGE_BYTES: Final = 64 * 1024
 """Responses larger than this are read in pieces."""
 
 
-class Large(Protocol):
+class LargeMessage(Protocol):
     """A response that is read in pieces."""
 
     @property
@@ -66,17 +66,17 @@ class LargePieces:
 
     @property
     def unread(self) -> int:
-        """See `Large`."""
+        """See `LargeMessage`."""
         return self._cuts.unread
 
     @property
     def readable(self) -> bool:
-        """See `Large`."""
+        """See `LargeMessage`."""
         return self._cuts.readable
 
     @property
     def done(self) -> bool:
-        """See `Large`."""
+        """See `LargeMessage`."""
         return self._cuts.done
 
     def add(self, data: bytes) -> None:
@@ -86,7 +86,7 @@ class LargePieces:
             self.watch_id = self._scan(self._cuts.head).watch_id
 
     def step(self) -> WatchResponse | None:
-        """See `Large`. Raises ScanError."""
+        """See `LargeMessage`. Raises ScanError."""
         try:
             message = self._cuts.cut()
         except EventTooLarge:
@@ -106,7 +106,7 @@ class LargePieces:
         return piece
 
 
-class Feed:
+class ResponseOrder:
     """The responses of one stream, in an order in which etcd could have sent them."""
 
     __slots__ = (
@@ -133,9 +133,9 @@ class Feed:
         self._coming: LargePieces | None = None
         # Large responses that are not fully read and small ones that are held back, oldest first, and the responses
         # that must wait for them.
-        self._waiting: deque[Large | WatchResponse] = deque()
+        self._waiting: deque[LargeMessage | WatchResponse] = deque()
         # The large ones of them; of the others, how many there are of each watch, and the bytes of their events.
-        self._large: list[Large] = []
+        self._large: list[LargeMessage] = []
         self._waiting_ids: dict[int, int] = {}
         self._waiting_bytes = 0
 
@@ -203,7 +203,7 @@ class Feed:
             self._buffer = bytearray(memoryview(data)[pos:])
         return responses
 
-    def begin(self, large: Large) -> None:
+    def begin(self, large: LargeMessage) -> None:
         """Add a large response that begins to arrive."""
         self._waiting.append(large)
         self._large.append(large)

@@ -11,7 +11,7 @@ from upstream.watching.call import UpstreamWatchCall
 from upstream.watching.stream import StreamKind, WatchStream
 
 
-class Places:
+class StreamPlaces:
     """See the module. `metadata` returns the metadata of a stream's call."""
 
     def __init__(self, metadata: Callable[[WatchStream], Metadata]) -> None:

@@ -19,8 +19,8 @@ from __future__ import annotations
 from typing import Final
 
 from proto.scan import Header, encode_create, encode_progress
-from upstream.watching.effects import HeaderSeen, Progressed, WatchEffect, Write
-from upstream.watching.stream import Create, OpenedWatch, WatchStream
+from upstream.watching.effects import HeaderSeen, Progressed, WatchEffect, WriteMessage
+from upstream.watching.stream import OpenedWatch, SentCreate, WatchStream
 
 _PROBE: Final = encode_create(b"\x01", b"\x01")
 
@@ -34,16 +34,16 @@ def ask_progress(stream: WatchStream, number: int, effects: list[WatchEffect]) -
             return
         stream.requested += 1
         stream.numbers.append((stream.requested, number))
-        effects.append(Write(stream, encode_progress()))
+        effects.append(WriteMessage(stream, encode_progress()))
 
 
 def send_probe(stream: WatchStream, number: int, effects: list[WatchEffect]) -> None:
     """Request the server's current revision, in order with the other requests of a stream."""
-    stream.creating.append(Create(None, stream.requested, number))
-    effects.append(Write(stream, _PROBE))
+    stream.creating.append(SentCreate(None, stream.requested, number))
+    effects.append(WriteMessage(stream, _PROBE))
 
 
-def note_created(stream: WatchStream, create: Create, revision: int) -> None:
+def note_created(stream: WatchStream, create: SentCreate, revision: int) -> None:
     """Record that a create was answered while the store was at a revision."""
     before = create.requested_before
     if before >= stream.answers_from and (not stream.passed or stream.passed[-1][0] < before):

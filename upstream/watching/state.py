@@ -49,12 +49,20 @@ from upstream.watching.effects import (
     WatchEffect,
     WatchLost,
     WatchReceived,
-    Write,
+    WriteMessage,
 )
 from upstream.watching.proof import ask_progress, note_created, progress_answered, send_probe
-from upstream.watching.stream import Create, Held, Next, OpenedWatch, Registration, StreamKind, WatchStream
+from upstream.watching.stream import (
+    HeldRevision,
+    OpenedWatch,
+    Registration,
+    SentCreate,
+    StreamEndAction,
+    StreamKind,
+    WatchStream,
+)
 from upstream.watching.streams import LARGE_CREATE_BYTES, STREAMS_MAX, Streams
-from upstream.watching.suspects import Suspects
+from upstream.watching.suspects import SuspectGroups
 
 # A fresh token can already be stale; two consecutive refusals have another cause.
 _OWN_REFUSED_MAX: Final = 2
@@ -91,7 +99,7 @@ class WatchState:
         # In opening order; the key is the id() of the listener's object, which need not be hashable.
         self._registrations: dict[int, Registration] = {}
         self._streams = Streams(streams_max)
-        self._suspects = Suspects()
+        self._suspects = SuspectGroups()
 
     def __len__(self) -> int:
         return len(self._registrations)
@@ -167,21 +175,18 @@ class WatchState:
 
     def _streams_of(self, watches: Iterable[OpenedWatch]) -> Iterable[WatchStream]:
         """Return the streams that carry these watches, each once."""
-        streams: dict[WatchStream, None] = {}
-        for watch in watches:
-            registration = self._registrations.get(id(watch))
-            if registration is not None and registration.stream is not None:
-                streams[registration.stream] = None
-        return streams
+        registrations = (self._registrations.get(id(watch)) for watch in watches)
+        streams = (each.stream for each in registrations if each is not None)
+        return dict.fromkeys(stream for stream in streams if stream is not None)
 
     def connect(self, ordered_progress: bool, revision: int) -> list[WatchEffect]:
         """A connection is open; its server is at `revision` (0 = unknown). All watches register."""
         self.connected = True
         self.ordered_progress = ordered_progress
-        self.saw(revision)
+        self.note_revision(revision)
         return self.register()
 
-    def saw(self, revision: int) -> None:
+    def note_revision(self, revision: int) -> None:
         """Record that the store is at a revision or above."""
         self.newest_revision = max(self.newest_revision, revision)
 
@@ -209,15 +214,15 @@ class WatchState:
             registration.stream = None
             registration.watch_id = None
 
-    def over(self, stream: WatchStream, follows: Next, status: int, text: str) -> list[WatchEffect]:
+    def over(self, stream: WatchStream, follows: StreamEndAction, status: int, text: str) -> list[WatchEffect]:
         """Handle a stream that has ended: its watches are lost, or wait for `register`."""
-        if follows is Next.LOST:
+        if follows is StreamEndAction.LOST:
             return self.refused(stream, status, text)
-        if follows is Next.TOKEN:
+        if follows is StreamEndAction.TOKEN:
             return self.refused(stream, Status.UNAUTHENTICATED, f"etcd ended the stream of this token: {text}")
-        if follows is Next.APART:
+        if follows is StreamEndAction.APART:
             return self._ended_by_a_create(stream, status, text)
-        self._ended(stream, counts=follows is Next.HERE)
+        self._ended(stream, counts=follows is StreamEndAction.HERE)
         return []
 
     def _ended(self, stream: WatchStream, *, counts: bool) -> None:
@@ -244,7 +249,7 @@ class WatchState:
             self._forget(registration, effects)
         return effects
 
-    def _acquit(self, stream: WatchStream, effects: list[WatchEffect]) -> None:
+    def _clear_suspects(self, stream: WatchStream, effects: list[WatchEffect]) -> None:
         """All suspects of a stream were answered: move them to their regular streams, and try the next suspects."""
         for registration in stream.by_id.values():
             registration.group = None
@@ -318,9 +323,9 @@ class WatchState:
             self._piece(stream, registration, response, effects)
         else:
             self._bookmark(registration, response, effects)
-        # Writes first: creates that the listener opens while it is notified must follow them on the wire, as they do in
-        # `creating`.
-        effects.sort(key=_is_answered)
+        # Writes first: creates that the listener opens while it is notified (of one of these effects) must follow them
+        # on the wire, as they do in `creating`.
+        effects.sort(key=lambda effect: isinstance(effect, WatchReceived | Progressed | WatchLost | TokenRefused))
         return effects
 
     def _created(self, stream: WatchStream, response: WatchResponse, effects: list[WatchEffect]) -> None:
@@ -369,7 +374,7 @@ class WatchState:
             )
             registration.announced = True
         if stream.tested and stream.live and not stream.unanswered:
-            self._acquit(stream, effects)
+            self._clear_suspects(stream, effects)
 
     def _create_refused(
         self, stream: WatchStream, registration: Registration, status: int, text: str, effects: list[WatchEffect]
@@ -394,12 +399,12 @@ class WatchState:
         if watch_id == PROGRESS_ID and not (response.events or response.canceled or response.created):
             progress_answered(stream, response.header, effects)
             return
-        if watch_id not in stream.dying:
+        if watch_id not in stream.canceled_ids:
             # An unknown id: cancel it, as clientv3 does, instead of receiving its events without end.
             if not response.canceled and watch_id >= 0:
                 self._cancel(stream, watch_id, effects)
         elif response.canceled and not response.compact_revision:
-            stream.dying.discard(watch_id)
+            stream.canceled_ids.discard(watch_id)
         effects.append(HeaderSeen(response.header))
 
     def _canceled(
@@ -442,14 +447,14 @@ class WatchState:
         """
         watch_id = response.watch_id
         events, goes_on = response.events, response.fragment
-        held = stream.held.pop(watch_id, None) or Held()
+        held = stream.held.pop(watch_id, None) or HeldRevision()
         whole = len(events)
         while goes_on and whole and events[whole - 1].revision == events[-1].revision:
             whole -= 1
         complete = events[:whole]
         if held.events and (whole or not goes_on or (events and events[0].revision != held.events[-1].revision)):
             complete = held.events + complete
-            held = Held()
+            held = HeldRevision()
         if complete:
             joined = WatchResponse(response.header, watch_id, fragment=goes_on, events=complete)
             effects.extend(self._received_again(registration, joined))
@@ -538,7 +543,7 @@ class WatchState:
         skips = start is not None and self._skips(start)
         if skips:
             start = None
-        stream.creating.append(Create(registration, stream.requested, skips=skips))
+        stream.creating.append(SentCreate(registration, stream.requested, skips=skips))
         watch = registration.watch
         interval = watch.key, watch.range_end
         message = encode_create(
@@ -547,7 +552,7 @@ class WatchState:
             prev_kv=watch.prev_kv,
             progress_notify=True,
         )
-        effects.append(Write(stream, message))
+        effects.append(WriteMessage(stream, message))
 
     def _unlink(self, stream: WatchStream, registration: Registration) -> None:
         """Release the id of a live registration."""
@@ -557,8 +562,8 @@ class WatchState:
             registration.watch_id = None
 
     def _cancel(self, stream: WatchStream, watch_id: int, effects: list[WatchEffect]) -> None:
-        stream.dying.add(watch_id)
-        effects.append(Write(stream, encode_cancel(watch_id)))
+        stream.canceled_ids.add(watch_id)
+        effects.append(WriteMessage(stream, encode_cancel(watch_id)))
 
     def _forget(self, registration: Registration, effects: list[WatchEffect]) -> None:
         """End a watch: cancel its id, or the whole stream if it was the last watch on it."""
@@ -590,8 +595,3 @@ class WatchState:
         stream.creating.clear()
         stream.waiting.clear()
         stream.live = 0
-
-
-def _is_answered(effect: WatchEffect) -> bool:
-    """Whether the listener may call the state again while it handles this effect."""
-    return isinstance(effect, WatchReceived | Progressed | WatchLost | TokenRefused)

@@ -24,7 +24,7 @@ class StreamKind(Enum):
     SUSPECT = "creates of which one may have ended its stream"
 
 
-class Next(Enum):
+class StreamEndAction(Enum):
     """What to do with the watches of a stream that the server or the connection ended."""
 
     LOST = "they end"
@@ -110,7 +110,7 @@ class Registration:
         self.unproven = 0
 
 
-class Create:
+class SentCreate:
     """A create that was sent."""
 
     __slots__ = ("number", "registration", "requested_before", "skips")
@@ -127,7 +127,7 @@ class Create:
         self.requested_before = requested_before
 
 
-class Held:
+class HeldRevision:
     """The events of the last revision so far in a run of pieces: the revision may continue."""
 
     __slots__ = ("events", "size")
@@ -145,8 +145,8 @@ class WatchStream:
         "answered",
         "answers_from",
         "by_id",
+        "canceled_ids",
         "creating",
-        "dying",
         "group",
         "held",
         "kind",
@@ -177,14 +177,14 @@ class WatchStream:
         # differ during an upgrade of the cluster, and a stream stays at its member when the connection rotates.
         self.ordered = True
         # Creates sent and not answered, oldest first.
-        self.creating: deque[Create] = deque()
+        self.creating: deque[SentCreate] = deque()
         self.by_id: dict[int, Registration] = {}
         # Ids that the proxy cancelled and whose last answer is outstanding: their responses are dropped.
-        self.dying: set[int] = set()
+        self.canceled_ids: set[int] = set()
         # Suspects whose creates are sent once the server has answered a probe, which proves that it works.
         self.waiting: list[Registration] = []
         # By id: the watches that are within a run of pieces.
-        self.held: dict[int, Held] = {}
+        self.held: dict[int, HeldRevision] = {}
         # Registrations here that are not closed.
         self.live = 0
         # The server has answered a create: the call works.

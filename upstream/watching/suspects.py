@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from upstream.watching.stream import Registration, WatchStream
 
 
-class Suspects:
+class SuspectGroups:
     """Numbers groups of suspects: each is tried on a stream of its own."""
 
     __slots__ = ("_groups", "waiting")

@@ -20,8 +20,8 @@ import msgspec
 
 from proto.pb import rpc_pb2
 from proto.spans import prefix_end
-from proxy.measuring.load.plan import ROOT, SLOW_AFTER_MESSAGES, ClientPlan, PlannedStream, PlannedWatch, Range
-from proxy.process.child import Parent, Ready, on_signals
+from proxy.measuring.load.plan import ROOT, SLOW_AFTER_MESSAGES, ClientPlan, LoadRange, PlannedStream, PlannedWatch
+from proxy.process.child import ChildReady, Parent, on_signals
 
 WATCH = "/etcdserverpb.Watch/Watch"
 RANGE = "/etcdserverpb.KV/Range"
@@ -55,14 +55,14 @@ class ListOrder(msgspec.Struct, frozen=True, tag="list"):
     prefix: bytes
 
 
-class Final(msgspec.Struct, frozen=True, tag="final"):
+class FinalRevisions(msgspec.Struct, frozen=True, tag="final"):
     """The last revisions of each range: a watch that has the ones matching its filters has all its events."""
 
     puts: list[int]
     deletes: list[int]
 
 
-class Report(msgspec.Struct, kw_only=True):
+class ClientReport(msgspec.Struct, kw_only=True):
     """The progress of a client process; sent to the parent ten times a second."""
 
     opened: int = 0
@@ -127,7 +127,7 @@ def read_record(path: str) -> list[RecordedResponse]:
     return records
 
 
-def create_request(watch: PlannedWatch, span: Range) -> bytes:
+def create_request(watch: PlannedWatch, span: LoadRange) -> bytes:
     """Encode the request that opens a planned watch."""
     create = rpc_pb2.WatchCreateRequest(
         key=span.key,
@@ -186,7 +186,7 @@ class LoadStream:
     def _start(self, index: int) -> int:
         return self.plan.watches[index].start_revision
 
-    def finished(self, final: Final) -> int:
+    def finished(self, final: FinalRevisions) -> int:
         """Return how many watches have the last event that matches them."""
         count = 0
         for watch, position in zip(self.plan.watches, self.positions, strict=True):
@@ -201,9 +201,9 @@ class LoadClient:
 
     def __init__(self, plan: ClientPlan) -> None:
         self.plan = plan
-        self.report = Report()
+        self.report = ClientReport()
         self.recorder = EventRecorder(plan.record)
-        self.final: Final | None = None
+        self.final: FinalRevisions | None = None
         self.streams = [LoadStream(number, stream, self) for number, stream in enumerate(plan.streams)]
         self._channels: dict[int, grpc.aio.Channel] = {}
         self._lists: set[asyncio.Task[None]] = set()
@@ -215,8 +215,8 @@ class LoadClient:
 
     def read_order(self, line: bytes) -> None:
         """Handle a message of the parent: writing has ended, at these revisions; or list the keys."""
-        order: Final | ListOrder = msgspec.json.decode(line, type=Final | ListOrder)
-        if isinstance(order, Final):
+        order: FinalRevisions | ListOrder = msgspec.json.decode(line, type=FinalRevisions | ListOrder)
+        if isinstance(order, FinalRevisions):
             self.final = order
             return
         for stream in self.streams:
@@ -291,7 +291,7 @@ async def _main(plan: ClientPlan, parent_fd: int | None) -> None:
     client = LoadClient(plan)
     parent = await Parent.join(parent_fd, client.read_order, client.leave)
     on_signals(client.leave)
-    parent.write_line(Ready())
+    parent.write_line(ChildReady())
     await client.run(parent)
     await parent.leave()
 

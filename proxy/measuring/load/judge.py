@@ -22,7 +22,7 @@ from coalesce.guarantees.checkers import (
     Change,
     Created,
     Opened,
-    Previous,
+    PreviousValue,
     Received,
     Truth,
     Violation,
@@ -73,7 +73,7 @@ def change_of(event: kv_pb2.Event) -> Change:
     previous = None
     if event.HasField("prev_kv"):
         prev = event.prev_kv
-        previous = Previous(prev.value, prev.create_revision, prev.mod_revision, prev.version, prev.lease)
+        previous = PreviousValue(prev.value, prev.create_revision, prev.mod_revision, prev.version, prev.lease)
     return Change(event.type, kv.key, kv.value, kv.create_revision, kv.mod_revision, kv.version, kv.lease, previous)
 
 

@@ -20,7 +20,7 @@ SLOW_AFTER_MESSAGES = 20
 """The slow stream reads this many messages before it pauses: first it is in step, then it lags."""
 
 
-class Range(msgspec.Struct, frozen=True):
+class LoadRange(msgspec.Struct, frozen=True):
     """A range that many clients watch: a single key (`range_end` empty), or every key that starts with `key`."""
 
     key: bytes
@@ -56,12 +56,12 @@ class ClientPlan(msgspec.Struct, frozen=True):
     """The plan of one client process: its streams to `target`, recorded in the file `record`."""
 
     target: LoadTarget
-    ranges: list[Range]
+    ranges: list[LoadRange]
     streams: list[PlannedStream]
     record: str
 
 
-class Shape(msgspec.Struct, frozen=True, kw_only=True):
+class LoadShape(msgspec.Struct, frozen=True, kw_only=True):
     """The size of a load."""
 
     watches: int = 1000
@@ -82,20 +82,20 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.watches:,} watches over {ranges}"
 
 
-def make_ranges(prefix: bytes, shape: Shape) -> list[Range]:
+def make_ranges(prefix: bytes, shape: LoadShape) -> list[LoadRange]:
     """Return the ranges of a load below `prefix`: single keys if they are unique, else three of four are prefixes."""
     if shape.unique:
-        return [Range(prefix + b"%06d" % number, b"") for number in range(shape.ranges)]
+        return [LoadRange(prefix + b"%06d" % number, b"") for number in range(shape.ranges)]
     ranges = []
     for number in range(shape.ranges):
         key = prefix + b"%03d" % number
         single = number % 4 == 3
         # A prefix ends in "/", and "0" is the byte after it.
-        ranges.append(Range(key, b"") if single else Range(key + b"/", key + b"0"))
+        ranges.append(LoadRange(key, b"") if single else LoadRange(key + b"/", key + b"0"))
     return ranges
 
 
-def make_streams(shape: Shape, past: list[int]) -> list[PlannedStream]:
+def make_streams(shape: LoadShape, past: list[int]) -> list[PlannedStream]:
     """Return the streams of a load.
 
     Watches are distributed so that the watches of a stream have different ranges. `past`: revisions at which watches
@@ -118,7 +118,7 @@ def make_streams(shape: Shape, past: list[int]) -> list[PlannedStream]:
     ]
 
 
-def _watch(number: int, which: int, shape: Shape, past: list[int]) -> PlannedWatch:
+def _watch(number: int, which: int, shape: LoadShape, past: list[int]) -> PlannedWatch:
     if shape.plain:
         return PlannedWatch(which)
     start = past[number // PAST_EVERY % len(past)] if past and number % PAST_EVERY == 0 else 0
@@ -134,7 +134,7 @@ class WatchMix(msgspec.Struct, frozen=True):
     prev_kv: int
 
 
-def count_kinds(shape: Shape) -> WatchMix:
+def count_kinds(shape: LoadShape) -> WatchMix:
     """Count the kinds of watches in a load of this shape."""
     watches = [watch for stream in make_streams(shape, [1]) for watch in stream.watches]
     return WatchMix(

@@ -14,7 +14,7 @@ import aiohttp
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.measuring.load.target import Access
+from proxy.measuring.load.target import ConnectionFiles
 from upstream.errors import BadTls
 
 FETCH_LIMIT_S = 5.0
@@ -24,7 +24,7 @@ class NoMetrics(Exception):
     """A metrics page could not be read; the text is one line."""
 
 
-class Cost(msgspec.Struct, frozen=True, kw_only=True):
+class ServingCost(msgspec.Struct, frozen=True, kw_only=True):
     """The cost of serving watches, by the upstream's own metrics. None: not among its metrics."""
 
     watchers: int
@@ -42,10 +42,10 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
     """gRPC calls started since the upstream's start."""
 
 
-def cost_of(samples: Mapping[str, float]) -> Cost:
+def cost_of(samples: Mapping[str, float]) -> ServingCost:
     """Extract the numbers from a metrics page. Raises NoMetrics for a page that is not etcd's."""
     try:
-        return Cost(
+        return ServingCost(
             watchers=int(samples["etcd_debugging_mvcc_watcher_total"]),
             watch_streams=int(samples["etcd_debugging_mvcc_watch_stream_total"]),
             slow_watchers=int(samples.get("etcd_debugging_mvcc_slow_watcher_total", 0)),
@@ -62,7 +62,7 @@ def cost_of(samples: Mapping[str, float]) -> Cost:
         raise NoMetrics(f"the metrics have no {missing.args[0]}: they are not from etcd") from None
 
 
-def open_session(url: str, access: Access) -> aiohttp.ClientSession:
+def open_session(url: str, access: ConnectionFiles) -> aiohttp.ClientSession:
     """Open an HTTP session for `url` with TLS and a user (HTTP basic auth), where they are given. Raises NoMetrics."""
     connector = None
     if url.startswith("https://"):
@@ -112,9 +112,9 @@ PEER_SENT = "etcd_network_peer_sent_bytes_total"
 class MetricsPage:
     """One metrics page, fetched as often as needed over one connection."""
 
-    def __init__(self, url: str, access: Access | None = None) -> None:
+    def __init__(self, url: str, access: ConnectionFiles | None = None) -> None:
         self.url = url if url.endswith("/metrics") else url.rstrip("/") + "/metrics"
-        self._access = access or Access()
+        self._access = access or ConnectionFiles()
         self._session: aiohttp.ClientSession | None = None
 
     def session(self) -> aiohttp.ClientSession:
@@ -138,7 +138,7 @@ class MetricsPage:
             raise NoMetrics(f"cannot read {self.url}: {http_reason(error)}") from None
         return parse_page(text, self.url)
 
-    async def cost(self) -> Cost:
+    async def cost(self) -> ServingCost:
         """Fetch the cost of serving watches. Raises NoMetrics."""
         return cost_of(await self.samples())
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import msgspec
 
-from proxy.measuring.load.client import Final, ListOrder, Report
-from proxy.measuring.load.plan import ClientPlan, PlannedStream, Range, deal
+from proxy.measuring.load.client import ClientReport, FinalRevisions, ListOrder
+from proxy.measuring.load.plan import ClientPlan, LoadRange, PlannedStream, deal
 from proxy.measuring.load.target import LoadTarget
 from proxy.process.child import Child, ChildFailed, python_command
 
@@ -36,7 +36,9 @@ class LoadFailed(Exception):
 class Load:
     """The client processes of one run."""
 
-    def __init__(self, target: LoadTarget, ranges: list[Range], streams: list[PlannedStream], processes: int) -> None:
+    def __init__(
+        self, target: LoadTarget, ranges: list[LoadRange], streams: list[PlannedStream], processes: int
+    ) -> None:
         self._target = target.without_password()
         self._ranges = ranges
         self._parts = deal(streams, processes)
@@ -45,12 +47,12 @@ class Load:
         self.plans: list[ClientPlan] = []
         self._children: list[Child] = []
         self._readers: list[asyncio.Task[None]] = []
-        self._reports: list[Report] = []
+        self._reports: list[ClientReport] = []
 
     @property
-    def total(self) -> Report:
+    def total(self) -> ClientReport:
         """The sum of the client processes' last reports."""
-        total = Report(recorded=bool(self._reports) and all(report.recorded for report in self._reports))
+        total = ClientReport(recorded=bool(self._reports) and all(report.recorded for report in self._reports))
         for report in self._reports:
             total.opened += report.opened
             total.messages += report.messages
@@ -77,11 +79,11 @@ class Load:
         command = python_command("proxy.measuring.load.client", f"--plan={path}")
         child = await Child.start("a load client", command)
         self._children.append(child)
-        self._reports.append(Report())
+        self._reports.append(ClientReport())
         self._readers.append(asyncio.create_task(self._read(child, len(self._reports) - 1)))
 
     async def _read(self, child: Child, index: int) -> None:
-        decoder = msgspec.json.Decoder(Report)
+        decoder = msgspec.json.Decoder(ClientReport)
         while not self._reports[index].recorded:
             try:
                 self._reports[index] = decoder.decode(await child.read_line())
@@ -100,7 +102,7 @@ class Load:
                 f"only {total.opened} of {self.watches} watches were opened, and no more came for {STILL_LIMIT_S:g} s"
             )
 
-    async def wait_finished(self, final: Final) -> bool:
+    async def wait_finished(self, final: FinalRevisions) -> bool:
         """Send the clients the last revisions; return whether all watches reached them in time."""
         for child in self._children:
             child.write_line(final)
@@ -112,7 +114,7 @@ class Load:
             child.write_line(ListOrder(prefix))
         return await self._wait(lambda total: total.listed, self.streams)
 
-    async def _wait(self, count: Callable[[Report], int], wanted: int | None = None) -> bool:
+    async def _wait(self, count: Callable[[ClientReport], int], wanted: int | None = None) -> bool:
         """Wait until `count` reaches `wanted` (all watches); return False if a client failed or progress stopped."""
         wanted = self.watches if wanted is None else wanted
         now = time.monotonic()

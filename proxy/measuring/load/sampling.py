@@ -9,7 +9,7 @@ from typing import Self
 
 import msgspec
 
-from proxy.measuring.load.prometheus import Cost, MetricsPage, NoMetrics
+from proxy.measuring.load.prometheus import MetricsPage, NoMetrics, ServingCost
 
 EVERY_S = 0.5
 
@@ -18,7 +18,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """The numbers of a metrics page, at a time in seconds after the first sample."""
 
     at_s: float
-    cost: Cost
+    cost: ServingCost
 
 
 class Sampler:

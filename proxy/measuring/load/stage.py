@@ -11,11 +11,11 @@ from typing import Self
 import msgspec
 
 from proxy.measuring.load.prometheus import MetricsPage
-from proxy.measuring.load.target import Access, LoadTarget
+from proxy.measuring.load.target import ConnectionFiles, LoadTarget
 from proxy.process.child import Child, python_command
 
 
-class Stage:
+class LoadStage:
     """An upstream and a proxy. Use as an async context manager; raises ChildFailed when something does not start."""
 
     def __init__(
@@ -84,7 +84,7 @@ class Stage:
         )
         self.children.append(child)
         # The clients of this proxy need no certificate, but still their user.
-        user = Access(user=self.upstream.access.user, password=self.upstream.access.password)
+        user = ConnectionFiles(user=self.upstream.access.user, password=self.upstream.access.password)
         self.proxy = LoadTarget(address=child.ready.address, access=user)
         self.proxy_page = MetricsPage(f"http://{child.ready.metrics}")
 

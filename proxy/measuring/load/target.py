@@ -24,7 +24,7 @@ class LoginFailed(Exception):
     """etcd did not accept the user; the text is one line."""
 
 
-class Access(msgspec.Struct, frozen=True, kw_only=True):
+class ConnectionFiles(msgspec.Struct, frozen=True, kw_only=True):
     """Files and names for a connection; empty: not given."""
 
     cacert: str = ""
@@ -51,7 +51,7 @@ class LoadTarget(msgspec.Struct, frozen=True, kw_only=True):
     address: str
     """HOST:PORT."""
     secure: bool = False
-    access: Access = Access()
+    access: ConnectionFiles = ConnectionFiles()
     token: str = ""
     """The token of a login; empty: calls carry none."""
 

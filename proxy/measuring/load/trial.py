@@ -17,10 +17,10 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from proxy.measuring.load.client import Report
+from proxy.measuring.load.client import ClientReport
 from proxy.measuring.load.judge import RunVerdict, judge, read_truth
-from proxy.measuring.load.plan import ROOT, Shape, make_ranges, make_streams
-from proxy.measuring.load.prometheus import Cost, MetricsPage, NoMetrics
+from proxy.measuring.load.plan import ROOT, LoadShape, make_ranges, make_streams
+from proxy.measuring.load.prometheus import MetricsPage, NoMetrics, ServingCost
 from proxy.measuring.load.run import Load
 from proxy.measuring.load.sampling import Sample, Sampler
 from proxy.measuring.load.target import LoadTarget
@@ -32,7 +32,7 @@ REFRESH_S = 0.1
 T = TypeVar("T")
 
 
-class Show(Protocol):
+class TrialProgress(Protocol):
     """Receives the progress of a trial."""
 
     def step(self, text: str, total: float) -> None:
@@ -48,7 +48,7 @@ class Show(Protocol):
 class TrialSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The load of a trial: the shape of the clients, and the writes."""
 
-    shape: Shape
+    shape: LoadShape
     seconds: float
     per_second: float
     value_bytes: int
@@ -80,10 +80,10 @@ class Circumstances(msgspec.Struct, kw_only=True):
 class Trial(Circumstances, kw_only=True):
     """The result of a trial."""
 
-    before: Cost
-    watching: Cost
+    before: ServingCost
+    watching: ServingCost
     """When all watches are open, before the writes."""
-    after: Cost
+    after: ServingCost
     """When all events have been received."""
     verdict: RunVerdict
     written: int
@@ -106,7 +106,7 @@ async def run_trial(
     upstream: LoadTarget,
     page: MetricsPage,
     target: LoadTarget,
-    show: Show,
+    show: TrialProgress,
     *,
     through_proxy: bool,
     proxy_page: MetricsPage | None = None,
@@ -173,7 +173,7 @@ async def run_trial(
     )
 
 
-def _complaints(load: Load, total: Report, complete: bool) -> list[str]:
+def _complaints(load: Load, total: ClientReport, complete: bool) -> list[str]:
     late = f"{load.watches - total.finished} of {load.watches} watches did not get all events"
     return [*total.failed, *(() if complete else (late,))]
 
@@ -186,7 +186,7 @@ async def _samples(page: MetricsPage | None) -> dict[str, float]:
     return {}
 
 
-def _other_calls(before: Cost, after: Cost, ours: int) -> int | None:
+def _other_calls(before: ServingCost, after: ServingCost, ours: int) -> int | None:
     """Count the calls of other clients; `ours` are the trial's. Unknown through a proxy, which makes calls too."""
     if not ours or before.calls is None or after.calls is None:
         return None
@@ -197,7 +197,7 @@ def _growth(before: Mapping[str, float], after: Mapping[str, float], name: str) 
     return round(after[name] - before[name], 3) if name in before and name in after else None
 
 
-async def _write_past(writer: PutWriter, spec: TrialSpec, show: Show) -> list[int]:
+async def _write_past(writer: PutWriter, spec: TrialSpec, show: TrialProgress) -> list[int]:
     """Write the changes before the first watch; return the revisions at which watches may start."""
     if not spec.past_writes:
         return []
@@ -211,7 +211,7 @@ async def _write_past(writer: PutWriter, spec: TrialSpec, show: Show) -> list[in
     return revisions[: max(1, len(revisions) // 2) : 7]
 
 
-async def _open(load: Load, directory: Path, show: Show) -> float:
+async def _open(load: Load, directory: Path, show: TrialProgress) -> float:
     show.step("Opening watches", load.watches)
     start = time.monotonic()
     await load.start(directory)
@@ -219,7 +219,7 @@ async def _open(load: Load, directory: Path, show: Show) -> float:
     return time.monotonic() - start
 
 
-async def _settle(page: MetricsPage) -> Cost:
+async def _settle(page: MetricsPage) -> ServingCost:
     """Wait until the upstream's number of watchers is stable: those that catch up with the past are temporary."""
     deadline = time.monotonic() + SETTLE_LIMIT_S
     last = await page.cost()
@@ -233,7 +233,7 @@ async def _settle(page: MetricsPage) -> Cost:
     return last
 
 
-async def _write(load: Load, writer: PutWriter, spec: TrialSpec, show: Show) -> None:
+async def _write(load: Load, writer: PutWriter, spec: TrialSpec, show: TrialProgress) -> None:
     show.step("Writing", spec.seconds)
     start = time.monotonic()
     await _showing(
@@ -242,7 +242,7 @@ async def _write(load: Load, writer: PutWriter, spec: TrialSpec, show: Show) -> 
     )
 
 
-async def _finish(load: Load, writer: PutWriter, show: Show) -> bool:
+async def _finish(load: Load, writer: PutWriter, show: TrialProgress) -> bool:
     show.step("Waiting for the last events", load.watches)
     return await _showing(
         load.wait_finished(writer.final),
@@ -250,7 +250,7 @@ async def _finish(load: Load, writer: PutWriter, show: Show) -> bool:
     )
 
 
-async def _list(load: Load, prefix: bytes, page: MetricsPage, show: Show) -> int:
+async def _list(load: Load, prefix: bytes, page: MetricsPage, show: TrialProgress) -> int:
     """Let all streams list all keys at once; return the number of Range calls that the upstream served for them."""
     show.step("Listing", load.streams)
     before = (await page.cost()).ranges

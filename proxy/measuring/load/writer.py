@@ -21,8 +21,8 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from proto.pb import rpc_pb2
-from proxy.measuring.load.client import Final, failure_of
-from proxy.measuring.load.plan import ROOT, Range
+from proxy.measuring.load.client import FinalRevisions, failure_of
+from proxy.measuring.load.plan import ROOT, LoadRange
 from proxy.measuring.load.target import LoadTarget
 
 KEYS_PER_RANGE = 16
@@ -61,7 +61,7 @@ def read_stamp(value: bytes) -> int:
 class PutWriter:
     """Writes to the ranges, and records the last revisions of each."""
 
-    def __init__(self, target: LoadTarget, ranges: Sequence[Range], value_bytes: int) -> None:
+    def __init__(self, target: LoadTarget, ranges: Sequence[LoadRange], value_bytes: int) -> None:
         self._target = target
         self._channel = target.channel()
         self._value_bytes = value_bytes
@@ -76,7 +76,7 @@ class PutWriter:
         """Number of events: one for each key put or deleted."""
         self.revision = 0
         """The newest revision written."""
-        self.final = Final([0] * len(ranges), [0] * len(ranges))
+        self.final = FinalRevisions([0] * len(ranges), [0] * len(ranges))
 
     async def _call(self, path: str, request: Message, limit_s: float = CALL_LIMIT_S) -> bytes:
         method: Any = self._channel.unary_unary(path)

@@ -9,18 +9,18 @@ from contextlib import asynccontextmanager
 import pytest
 
 from proxy.admin import http
-from proxy.admin.http import HttpServer, Page
+from proxy.admin.http import AdminResponse, HttpServer
 from tests.waiting import until_async
 
 LIMIT_S = 10.0
 LARGE = b"x" * (8 << 20)
 
 
-def fails() -> Page:
+def fails() -> AdminResponse:
     raise ValueError("a defect")
 
 
-PAGES = {"/": lambda: Page(b"hello"), "/fails": fails, "/large": lambda: Page(LARGE)}
+PAGES = {"/": lambda: AdminResponse(b"hello"), "/fails": fails, "/large": lambda: AdminResponse(LARGE)}
 
 
 @asynccontextmanager

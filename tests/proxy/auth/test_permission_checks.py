@@ -9,7 +9,7 @@ import pytest
 from coalesce.inputs import CreateRefusal, Granted, Identity
 from proto.etcd_errors import OLD_AUTH_REVISION, TOO_MANY_OPS
 from proto.scan import Header
-from proxy.auth.model import AnswerCheck, Call, PermissionCheck, QueryEffect, RefuseSession, SendCall
+from proxy.auth.model import AnswerCheck, AuthCall, PermissionCheck, QueryEffect, RefuseSession, SendCall
 from proxy.auth.permission_checks import (
     CALLS_PER_TOKEN_MAX,
     RANGE_BYTES_MAX,
@@ -49,8 +49,8 @@ class Rig:
 
     def __init__(self, in_flight_max: int = 32) -> None:
         self.checks = Checks(in_flight_max)
-        self.calls: list[Call] = []
-        self.later: list[Call] = []
+        self.calls: list[AuthCall] = []
+        self.later: list[AuthCall] = []
         self.told: list[tuple[bytes, str]] = []
         self.ended: list[Any] = []
         self.sent = 0
@@ -60,13 +60,13 @@ class Rig:
         create: Any = Create(session or Session(token))
         self.do(self.checks.add(PermissionCheck(AuthScope(create.session.identity.token, key), create)))
 
-    def granted(self) -> Call:
+    def granted(self) -> AuthCall:
         """Grant the oldest call in flight."""
         call = self.calls.pop(0)
         self.do(self.checks.granted(self.batch(call), HEADER))
         return call
 
-    def failed(self, failure: tuple[int, str]) -> Call:
+    def failed(self, failure: tuple[int, str]) -> AuthCall:
         """Let the oldest call in flight fail."""
         call = self.calls.pop(0)
         self.do(self.checks.failed(self.batch(call), *failure))
@@ -77,7 +77,7 @@ class Rig:
         self.do(self.checks.again(self.batch(self.later.pop(0))))
 
     @staticmethod
-    def batch(call: Call) -> CheckBatch:
+    def batch(call: AuthCall) -> CheckBatch:
         assert isinstance(call.query, CheckBatch)
         return call.query
 

@@ -12,7 +12,7 @@ from proto.scan import Header
 from proxy.auth.model import (
     AnswerCheck,
     AnswerRead,
-    Call,
+    AuthCall,
     DisconnectSession,
     PermissionCheck,
     QueryEffect,
@@ -36,7 +36,7 @@ def waiting(*tokens: bytes) -> RevisionRead:
     return RevisionRead(read)
 
 
-def begun(queries: Queries, effects: list[QueryEffect], known: int) -> Call:
+def begun(queries: Queries, effects: list[QueryEffect], known: int) -> AuthCall:
     """Begin the only call of these effects."""
     (effect,) = effects
     assert isinstance(effect, SendCall)

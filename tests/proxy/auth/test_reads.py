@@ -18,7 +18,7 @@ from proto.pb import rpc_pb2
 from proto.scan import Header
 from proxy.auth.model import Outcome, PermissionCheck
 from proxy.auth.queries import RevisionRead
-from proxy.auth.reads import AUTHENTICATE, TXN, Reader, ReaderSettings
+from proxy.auth.reads import AUTHENTICATE, TXN, AuthReader, ReaderSettings
 from proxy.auth.restore import AuthScope
 from tests.waiting import until_async
 from upstream.errors import CallFailed
@@ -179,9 +179,9 @@ class Seen:
         self.back.append(header.revision)
 
 
-def reader_on(pool: ScriptedPool, settings: ReaderSettings | None = None) -> tuple[Reader, Seen]:
+def reader_on(pool: ScriptedPool, settings: ReaderSettings | None = None) -> tuple[AuthReader, Seen]:
     """Return a reader and its listener."""
-    reader = Reader(pool, settings)
+    reader = AuthReader(pool, settings)
     reader.listener = seen = Seen()
     return reader, seen
 
@@ -269,7 +269,7 @@ async def test_with_a_cn_the_probe_is_first_an_invalid_login() -> None:
         pool = ScriptedPool()
         pool.auto = lambda _: 5
         pool.login = CallFailed(Status.INVALID_ARGUMENT if refused else Status.FAILED_PRECONDITION, "no")
-        reader = Reader(pool)
+        reader = AuthReader(pool)
         reader.queries.named = True
         assert await reader.requires_users() is refused
         assert len(pool.asked) == (0 if refused else 1)

@@ -10,7 +10,7 @@ import pytest
 
 from proxy.cli.knobs import REFUSED, TAKEN, KnobCommand, knob_options, settings_of
 from proxy.config.applied import core_limits
-from proxy.config.describing import Kind
+from proxy.config.describing import ValueSyntax
 from proxy.config.knobs import Settings, knobs
 from proxy.config.variables import problems_of
 from proxy.errors import Failed
@@ -145,7 +145,7 @@ def refusal(*arguments: str) -> str:
 def test_what_is_given_but_empty_is_refused(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for knob in knobs():
         # The empty prefix is that of all keys.
-        if knob.kind is not Kind.PREFIXES:
+        if knob.kind is not ValueSyntax.PREFIXES:
             assert refusal(f"{knob.flag}={text}") == f"{knob.flag}: is empty; give it a value or remove it"
         monkeypatch.setenv(knob.env, text)
         assert f"{knob.env}: is set but empty; give it a value or unset it" in refusal().splitlines()

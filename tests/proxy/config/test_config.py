@@ -16,7 +16,7 @@ from proxy.config.applied import (
     upstream_settings,
     watch_settings,
 )
-from proxy.config.describing import Kind
+from proxy.config.describing import ValueSyntax
 from proxy.config.knobs import Settings, UpstreamTable, knobs, tables
 from proxy.listening.settings import ListenerSettings
 from proxy.logs import LEVELS, STYLES
@@ -40,8 +40,8 @@ def test_names_are_unique() -> None:
 def test_names_contain_their_units() -> None:
     for knob in knobs():
         parts = knob.key.split("_")
-        assert ("s" in parts) == (knob.kind is Kind.SECONDS), knob.path
-        assert ("bytes" in parts) == (knob.kind is Kind.BYTES), knob.path
+        assert ("s" in parts) == (knob.kind is ValueSyntax.SECONDS), knob.path
+        assert ("bytes" in parts) == (knob.kind is ValueSyntax.BYTES), knob.path
 
 
 def test_every_table_has_a_text_and_settings() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.config.file import ConfigError, Given, from_text, layer, read_file
+from proxy.config.file import ConfigError, ConfiguredValue, from_text, layer, read_file
 from proxy.config.knobs import Settings, knobs
 from proxy.config.rendering import render_example
 
@@ -129,7 +129,7 @@ def test_an_unreadable_file_is_one_line(tmp_path: Path) -> None:
 def test_flags_override_the_file_which_overrides_the_defaults(tmp_path: Path) -> None:
     path = tmp_path / "w.toml"
     path.write_text("[watch]\nlinger_s = 3\nhistory_age_s = 4\n")
-    settings = layer({"watch.linger_s": Given(5.0, "--linger")}, read_file(path))
+    settings = layer({"watch.linger_s": ConfiguredValue(5.0, "--linger")}, read_file(path))
     assert settings.watch.linger_s == 5.0
     assert settings.watch.history_age_s == 4.0
     assert settings.watch.backfills_max == Settings().watch.backfills_max
@@ -139,9 +139,9 @@ def test_an_error_names_the_origin_of_the_value(tmp_path: Path) -> None:
     path = tmp_path / "w.toml"
     path.write_text("[watch]\nlinger_s = -3\n")
     # A value that a flag overrides is not used, and so not checked.
-    layer({"watch.linger_s": Given(5.0, "--linger")}, read_file(path))
+    layer({"watch.linger_s": ConfiguredValue(5.0, "--linger")}, read_file(path))
     with pytest.raises(ConfigError, match=r"^--linger: expected a number of seconds >= 0, got -1\.0$"):
-        layer({"watch.linger_s": Given(-1.0, "--linger")}, {})
+        layer({"watch.linger_s": ConfiguredValue(-1.0, "--linger")}, {})
 
 
 @pytest.mark.parametrize(
@@ -161,14 +161,14 @@ def test_an_error_names_the_origin_of_the_value(tmp_path: Path) -> None:
 )
 def test_values_that_contradict_each_other_are_refused(given: dict[str, str], message: str) -> None:
     flags = {knob.path: knob.flag for knob in knobs()}
-    above = {path: Given(value, flags[path]) for path, value in given.items()}
+    above = {path: ConfiguredValue(value, flags[path]) for path, value in given.items()}
     with pytest.raises(ConfigError) as error:
         layer(above, {}, look_at_files=False)
     assert str(error.value) == message
 
 
 def test_port_0_twice_is_not_a_conflict() -> None:
-    layer({path: Given("127.0.0.1:0", path) for path in ("listener.listen_addr", "admin.metrics_addr")}, {})
+    layer({path: ConfiguredValue("127.0.0.1:0", path) for path in ("listener.listen_addr", "admin.metrics_addr")}, {})
 
 
 def make_pair(directory: Path, name: str) -> tuple[str, str]:
@@ -187,7 +187,7 @@ def test_certificates_are_loaded_before_anything_starts(tmp_path: Path) -> None:
     empty.write_text("")
 
     def check(**values: str) -> None:
-        layer({f"listener.{name}": Given(value, f"--{name}") for name, value in values.items()}, {})
+        layer({f"listener.{name}": ConfiguredValue(value, f"--{name}") for name, value in values.items()}, {})
 
     check(cert_file=cert, key_file=key)
     check(cert_file=cert, key_file=key, trusted_ca_file=cert)
@@ -198,7 +198,7 @@ def test_certificates_are_loaded_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no certificate of an authority"):
         check(cert_file=cert, key_file=key, trusted_ca_file=str(empty))
     with pytest.raises(ConfigError, match=r"^--cacert: .*holds no certificate of an authority"):
-        layer({"upstream.cacert": Given(str(empty), "--cacert")}, {})
+        layer({"upstream.cacert": ConfiguredValue(str(empty), "--cacert")}, {})
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from proxy.admin.metrics import ProxyCollector
 from proxy.admin.port import PAGES
 from proxy.admin.self_probe import HUNG_AFTER
 from proxy.admin.snapshot import CoverState, Snapshot
-from proxy.admin.whole import Whole
+from proxy.admin.whole import AllProcesses
 from proxy.config.file import layer, read_file
 from proxy.config.knobs import Settings, knobs
 from proxy.config.values import parse_size_bytes
@@ -48,7 +48,7 @@ class FakeMonitor:
 
     delivery_delay = Histogram()
     loop_delay = Histogram()
-    whole = Whole()
+    whole = AllProcesses()
 
     def take(self) -> Snapshot:
         return Snapshot(

@@ -18,7 +18,7 @@ from coalesce.limits import CoreLimits
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from proxy.listening.settings import ListenerSettings
-from proxy.listening.turns import PART, SHARE, Turns, in_parts
+from proxy.listening.turns import PART, SHARE, TurnBudget, in_parts
 from proxy.server import Proxy
 from proxy.watch.service import (
     ANSWERS_UNREAD_MAX,
@@ -42,7 +42,7 @@ TURN_WORK = ListenerSettings().http2.turn_work_max
 class DeferredConnection:
     """Has `work` to do in pieces of size `piece`, and logs its name at each turn."""
 
-    def __init__(self, turns: Turns, log: list[str], name: str, work: int, piece: int = 1) -> None:
+    def __init__(self, turns: TurnBudget, log: list[str], name: str, work: int, piece: int = 1) -> None:
         self.turns, self.log, self.name, self.work, self.piece = turns, log, name, work, piece
 
     def take_turn(self) -> None:
@@ -56,7 +56,7 @@ class DeferredConnection:
 
 
 async def test_turn_is_shared_and_keeps_a_reserve() -> None:
-    turns, log = Turns(1_000), list[str]()
+    turns, log = TurnBudget(1_000), list[str]()
     large = [DeferredConnection(turns, log, name, 2 * SHARE) for name in "abcdef"]
     for worker in large:
         turns.wait(worker)
@@ -74,7 +74,7 @@ async def test_turn_is_shared_and_keeps_a_reserve() -> None:
 
 async def test_step_over_budget_is_charged() -> None:
     """The worker that exceeds the budget has had its share, and the turn ends."""
-    turns, log = Turns(1_000), list[str]()
+    turns, log = TurnBudget(1_000), list[str]()
     for name in "ab":
         turns.wait(DeferredConnection(turns, log, name, 20_000, piece=10_000))
     turns._next_turn()
@@ -84,14 +84,14 @@ async def test_step_over_budget_is_charged() -> None:
 
 
 async def test_budget_is_restored_in_the_next_turn() -> None:
-    turns = Turns(1_000)
+    turns = TurnBudget(1_000)
     turns.spend(5_000)
     assert turns.left == -4_000
     await until_async(lambda: turns.left == 1_000, "the next turn")
 
 
 async def test_little_work_causes_no_callback() -> None:
-    turns = Turns(1_000)
+    turns = TurnBudget(1_000)
     turns.spend(250)
     assert not turns._turning
     turns.spend(1)

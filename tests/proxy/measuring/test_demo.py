@@ -20,9 +20,9 @@ from proxy.cli.group import run
 from proxy.cli.load import shape_of
 from proxy.measuring.demo import DemoResult, run_demo, show_result
 from proxy.measuring.load.judge import RunVerdict
-from proxy.measuring.load.plan import Shape
-from proxy.measuring.load.prometheus import Cost
-from proxy.measuring.load.stage import Stage
+from proxy.measuring.load.plan import LoadShape
+from proxy.measuring.load.prometheus import ServingCost
+from proxy.measuring.load.stage import LoadStage
 from proxy.measuring.load.trial import Trial
 from tests.etcd.server import EtcdServer
 from tests.waiting import until
@@ -67,7 +67,7 @@ def test_unique_keys_below_a_cover_cost_one_watcher(etcd: EtcdServer, capsys: py
 class KillWhileWriting:
     """Shows nothing, and kills the proxy of a stage when the writes begin."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: LoadStage) -> None:
         self._stage = stage
 
     def step(self, text: str, total: float) -> None:
@@ -85,7 +85,7 @@ class KillWhileWriting:
 
 def test_a_proxy_that_dies_is_a_fault_and_not_a_hang() -> None:
     async def broken() -> DemoResult:
-        async with Stage() as stage:
+        async with LoadStage() as stage:
             shape = shape_of(watches=60, ranges=5, streams=12, pause_s=0.2)
             return await run_demo(stage, shape, 1.0, KillWhileWriting(stage))
 
@@ -119,7 +119,7 @@ def _children(pid: int) -> list[int]:
 
 
 def result_with(verdict: RunVerdict, complaints: list[str]) -> DemoResult:
-    cost = Cost(
+    cost = ServingCost(
         watchers=0, watch_streams=0, slow_watchers=0, events_sent=0, bytes_sent=0, cpu_s=None, memory_bytes=None
     )
     trial = Trial(
@@ -131,7 +131,7 @@ def result_with(verdict: RunVerdict, complaints: list[str]) -> DemoResult:
         opened_s=0.1,
         complaints=complaints,
     )
-    shape = Shape(watches=60, ranges=5, streams=12)
+    shape = LoadShape(watches=60, ranges=5, streams=12)
     return DemoResult(trial=trial, shape=shape, seconds=1.0, upstream_name="the bundled store")
 
 
@@ -158,7 +158,7 @@ def test_any_fault_is_shown_and_is_exit_code_1(
         return result
 
     monkeypatch.setattr("proxy.measuring.demo.run_demo", pretend)
-    monkeypatch.setattr(Stage, "_start_store", lambda _stage: asyncio.sleep(0))
+    monkeypatch.setattr(LoadStage, "_start_store", lambda _stage: asyncio.sleep(0))
     assert run(["demo", *SMALL]) == 1
 
 
@@ -167,7 +167,7 @@ def test_the_json_says_everything(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         return result_with(RunVerdict(watches=60), [])
 
     monkeypatch.setattr("proxy.measuring.demo.run_demo", pretend)
-    monkeypatch.setattr(Stage, "_start_store", lambda _stage: asyncio.sleep(0))
+    monkeypatch.setattr(LoadStage, "_start_store", lambda _stage: asyncio.sleep(0))
     assert cli_demo.command.main([*SMALL, "--json"], standalone_mode=False) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["trial"]["verdict"]["watches"] == 60

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from proxy.cli.group import run
 from proxy.measuring.comparison import show_comparison
-from proxy.measuring.load.plan import Shape
+from proxy.measuring.load.plan import LoadShape
 from proxy.measuring.measure import Measurement, TrialCost, compare, reduction_of
 from tests.etcd.server import EtcdServer
 from tests.proxy_process import ProxyProcess
@@ -102,7 +102,7 @@ def test_the_table_shows_both_sides_and_every_fault() -> None:
     found = Measurement(
         upstream="etcd at 127.0.0.1:2379",
         proxy="127.0.0.1:23790",
-        shape=Shape(),
+        shape=LoadShape(),
         seconds=5,
         events_written=1,
         direct=direct,

@@ -15,7 +15,7 @@ from proxy.admin.snapshot import Snapshot
 from proxy.admin.views import Clients, ClientView
 from proxy.cli.group import run
 from proxy.measuring import status
-from proxy.measuring.load.target import Access
+from proxy.measuring.load.target import ConnectionFiles
 from tests.proxy_process import ProxyProcess
 from tests.waiting import until
 
@@ -58,7 +58,7 @@ def test_a_failed_poll_does_not_end_the_live_table(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(status, "render", render)
     monkeypatch.setattr(status, "REFRESH_S", 0.0)
     with pytest.raises(Over):
-        asyncio.run(status.show_live("http://a:1", Console(file=io.StringIO()), Access()))
+        asyncio.run(status.show_live("http://a:1", Console(file=io.StringIO()), ConnectionFiles()))
     assert ["STALE: 0 s old; gone" in title for title in titles] == [False, True, True, False]
 
 

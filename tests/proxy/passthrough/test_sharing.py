@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from proxy.passthrough.sharing import PATIENCE_S, Begin, Late, Read, Sharing
+from proxy.passthrough.sharing import PATIENCE_S, BeginRead, ExpireCall, ReadsInFlight, SharedRead
 from tests.linearizability import History, Operation, violations
 
 
-def arrive(sharing: Sharing[str], call: str, now: float = 0.0, deadline: float | None = None) -> Read[str] | None:
+def arrive(
+    sharing: ReadsInFlight[str], call: str, now: float = 0.0, deadline: float | None = None
+) -> SharedRead[str] | None:
     """Let a call arrive; return the read that it begins."""
     read = sharing.newest("k")
     if read is None:
@@ -22,20 +24,20 @@ def arrive(sharing: Sharing[str], call: str, now: float = 0.0, deadline: float |
     return None
 
 
-def begun(sharing: Sharing[str], call: str) -> Read[str]:
+def begun(sharing: ReadsInFlight[str], call: str) -> SharedRead[str]:
     """Let a call arrive that begins a read."""
     read = arrive(sharing, call)
     assert read is not None
     return read
 
 
-def calls(read: Read[str] | None) -> list[str]:
+def calls(read: SharedRead[str] | None) -> list[str]:
     """The calls that a read answers."""
     return [] if read is None else list(read.calls)
 
 
 def test_calls_in_flight_share_the_next_read() -> None:
-    sharing: Sharing[str] = Sharing()
+    sharing: ReadsInFlight[str] = ReadsInFlight()
     first = begun(sharing, "a")
     assert arrive(sharing, "b") is None
     assert arrive(sharing, "c") is None
@@ -47,7 +49,7 @@ def test_calls_in_flight_share_the_next_read() -> None:
 
 
 def test_nothing_is_kept_after_a_read() -> None:
-    sharing: Sharing[str] = Sharing()
+    sharing: ReadsInFlight[str] = ReadsInFlight()
     first = begun(sharing, "a")
     assert sharing.settle(first) is None
     assert sharing.settle(first) is None
@@ -56,7 +58,7 @@ def test_nothing_is_kept_after_a_read() -> None:
 
 
 def test_a_call_that_leaves_is_not_answered() -> None:
-    sharing: Sharing[str] = Sharing()
+    sharing: ReadsInFlight[str] = ReadsInFlight()
     first = begun(sharing, "a")
     for call in "bcd":
         arrive(sharing, call)
@@ -71,7 +73,7 @@ def test_a_call_that_leaves_is_not_answered() -> None:
 
 
 def test_a_queue_that_becomes_empty_begins_no_read() -> None:
-    sharing: Sharing[str] = Sharing()
+    sharing: ReadsInFlight[str] = ReadsInFlight()
     first = begun(sharing, "a")
     arrive(sharing, "b")
     assert sharing.leave("b") is None
@@ -81,14 +83,14 @@ def test_a_queue_that_becomes_empty_begins_no_read() -> None:
 
 
 def test_calls_do_not_wait_forever_for_a_read_that_hangs() -> None:
-    sharing: Sharing[str] = Sharing()
+    sharing: ReadsInFlight[str] = ReadsInFlight()
     first = begun(sharing, "a")
     arrive(sharing, "b", now=10.0)
     arrive(sharing, "c", now=10.5)
     assert sharing.next_expiry == 10 + PATIENCE_S
     assert sharing.expire(10 + PATIENCE_S / 2) is None
     due = sharing.expire(10 + PATIENCE_S)
-    assert isinstance(due, Begin)
+    assert isinstance(due, BeginRead)
     assert calls(due.read) == ["b", "c"]
     # Each read that hangs doubles the time: few reads of a state that takes long to read.
     arrive(sharing, "d", now=20.0)
@@ -99,13 +101,13 @@ def test_calls_do_not_wait_forever_for_a_read_that_hangs() -> None:
 
 
 def test_each_call_has_its_own_deadline() -> None:
-    sharing: Sharing[str] = Sharing()
+    sharing: ReadsInFlight[str] = ReadsInFlight()
     first = begun(sharing, "a")
     arrive(sharing, "b", deadline=0.3)
     arrive(sharing, "c", deadline=0.2)
     arrive(sharing, "d")
     assert sharing.next_expiry == 0.2
-    assert sharing.expire(0.2) == Late("c")
+    assert sharing.expire(0.2) == ExpireCall("c")
     sharing.leave("c")
     second = sharing.settle(first)
     assert calls(second) == ["b", "d"]
@@ -118,7 +120,7 @@ def test_each_call_has_its_own_deadline() -> None:
 class _Model:
     """Clients that write and read one key, an etcd that executes reads and writes at random times, and the sharing."""
 
-    def __init__(self, seed: int, sharing: Sharing[int]) -> None:
+    def __init__(self, seed: int, sharing: ReadsInFlight[int]) -> None:
         self.random = random.Random(seed)
         self.sharing = sharing
         self.now = 0.0
@@ -126,8 +128,8 @@ class _Model:
         self.history = History()
         self.calls: dict[int, float] = {}
         # Reads in flight: the revision each has read, None until it is executed.
-        self.reads: dict[Read[int], int | None] = {}
-        self.members: dict[Read[int], list[int]] = {}
+        self.reads: dict[SharedRead[int], int | None] = {}
+        self.members: dict[SharedRead[int], list[int]] = {}
         self.numbers = 0
 
     def run(self, steps: int) -> None:
@@ -144,7 +146,7 @@ class _Model:
         assert not self.calls, "a call without an answer"
         assert len(self.sharing) == 0
 
-    def begin(self, read: Read[int] | None) -> None:
+    def begin(self, read: SharedRead[int] | None) -> None:
         if read is not None:
             self.reads[read] = None
             self.members[read] = list(read.calls)
@@ -193,11 +195,11 @@ class _Model:
     def wait(self) -> None:
         self.now += self.random.choice((0.1, 2.0))
         while (due := self.sharing.expire(self.now)) is not None:
-            assert isinstance(due, Begin)
+            assert isinstance(due, BeginRead)
             self.begin(due.read)
 
 
-def _found(make: Callable[[], Sharing[int]], seeds: int) -> list[str]:
+def _found(make: Callable[[], ReadsInFlight[int]], seeds: int) -> list[str]:
     found = []
     for seed in range(seeds):
         model = _Model(seed, make())
@@ -207,32 +209,32 @@ def _found(make: Callable[[], Sharing[int]], seeds: int) -> list[str]:
 
 
 def test_shared_reads_are_linearizable_in_the_model() -> None:
-    assert not _found(Sharing, 150)
+    assert not _found(ReadsInFlight, 150)
 
 
-class _Earlier(Sharing[int]):
+class _Earlier(ReadsInFlight[int]):
     """The deliberate bug: a call is answered by the read in flight, which began before the call arrived."""
 
-    def wait(self, read: Read[int], call: int, now: float, deadline: float | None = None) -> None:
+    def wait(self, read: SharedRead[int], call: int, now: float, deadline: float | None = None) -> None:
         del now, deadline
         read.calls[call] = None
         self._shares[call] = read
 
 
-class _Forgotten(Sharing[int]):
+class _Forgotten(ReadsInFlight[int]):
     """Calls that wait for a read that is cancelled are forgotten."""
 
-    def leave(self, call: int) -> Read[int] | None:
+    def leave(self, call: int) -> SharedRead[int] | None:
         super().leave(call)
         return None
 
 
-class _Impatient(Sharing[int]):
+class _Impatient(ReadsInFlight[int]):
     """A read that is begun because another one hangs takes the place of none."""
 
     def expire(self, now: float) -> Any:
         due = super().expire(now)
-        return due if due is None or isinstance(due, Late) else None
+        return due if due is None or isinstance(due, ExpireCall) else None
 
 
 def test_an_answer_by_an_earlier_read_is_found() -> None:
@@ -242,6 +244,6 @@ def test_an_answer_by_an_earlier_read_is_found() -> None:
 
 
 @pytest.mark.parametrize("mutant", [_Forgotten, _Impatient])
-def test_a_call_without_an_answer_is_found(mutant: type[Sharing[int]]) -> None:
+def test_a_call_without_an_answer_is_found(mutant: type[ReadsInFlight[int]]) -> None:
     with pytest.raises((AssertionError, KeyError)):
         _found(mutant, 50)

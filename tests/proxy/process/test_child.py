@@ -18,13 +18,13 @@ from tests.waiting import until
 
 GOOD = """
 import asyncio, sys
-from proxy.process.child import Parent, Ready, on_signals
+from proxy.process.child import ChildReady, Parent, on_signals
 async def main():
     leaving = asyncio.Event()
     on_signals(leaving.set)
     fd = int(sys.argv[-1].split("=")[1])
     parent = await Parent.join(fd, lambda line: parent.write_line(line.decode()), leaving.set)
-    parent.write_line(Ready(address="here:1"))
+    parent.write_line(ChildReady(address="here:1"))
     print("serving", flush=True)
     await leaving.wait()
     await parent.leave()

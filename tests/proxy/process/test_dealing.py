@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
-from proxy.process.dealing import Dealing
+from proxy.process.dealing import WorkerBalance
 
 WORKERS = ["worker-1", "worker-2", "worker-3", "worker-4"]
 
 
-def dealing() -> Dealing:
-    made = Dealing()
+def dealing() -> WorkerBalance:
+    made = WorkerBalance()
     for name in WORKERS:
         made.started(name)
     return made
@@ -18,24 +18,24 @@ def dealing() -> Dealing:
 
 def test_connections_of_a_moment_are_dealt_evenly() -> None:
     one = dealing()
-    assert Counter(one.deal(WORKERS) for _ in range(20)) == dict.fromkeys(WORKERS, 5)
+    assert Counter(one.choose(WORKERS) for _ in range(20)) == dict.fromkeys(WORKERS, 5)
     # Of five, one worker has closed three, and has not taken two yet.
     one.reported("worker-2", 0, 3)
-    assert [one.deal(WORKERS) for _ in range(3)] == ["worker-2"] * 3
-    assert Counter(one.deal(WORKERS) for _ in range(4)) == dict.fromkeys(WORKERS, 1)
+    assert [one.choose(WORKERS) for _ in range(3)] == ["worker-2"] * 3
+    assert Counter(one.choose(WORKERS) for _ in range(4)) == dict.fromkeys(WORKERS, 1)
 
 
 def test_a_restarted_worker_catches_up() -> None:
     one = dealing()
     for _ in range(40):
-        one.deal(WORKERS)
+        one.choose(WORKERS)
     one.started("worker-3")
-    assert Counter(one.deal(WORKERS) for _ in range(10)) == {"worker-3": 10}
-    assert Counter(one.deal(WORKERS) for _ in range(4)) == dict.fromkeys(WORKERS, 1)
+    assert Counter(one.choose(WORKERS) for _ in range(10)) == {"worker-3": 10}
+    assert Counter(one.choose(WORKERS) for _ in range(4)) == dict.fromkeys(WORKERS, 1)
 
 
 def test_only_takers_get_connections() -> None:
     one = dealing()
-    assert Counter(one.deal(WORKERS[:2]) for _ in range(4)) == {"worker-1": 2, "worker-2": 2}
+    assert Counter(one.choose(WORKERS[:2]) for _ in range(4)) == {"worker-1": 2, "worker-2": 2}
     one.returned("worker-2", 2)
-    assert one.deal(["worker-1", "worker-2"]) == "worker-2"
+    assert one.choose(["worker-1", "worker-2"]) == "worker-2"

@@ -11,23 +11,23 @@ from typing import ClassVar
 
 import pytest
 
-from proxy.listening.handing import Handed, Receiver
+from proxy.listening.handing import ConnectionChannel, ConnectionReceiver
 from proxy.listening.sockets import bind
-from proxy.process.passing import AGAIN_S, Passing
+from proxy.process.passing import AGAIN_S, ConnectionDistributor
 from tests.waiting import until, until_async
 
 
 class Parent:
-    """What drives `Passing` in the parent."""
+    """What drives `ConnectionDistributor` in the parent."""
 
     def __init__(self) -> None:
         self.takers: list[str] = []
         self.selector = selectors.DefaultSelector()
         self.listening = bind("127.0.0.1", 0, "", 16)
-        self.passing = Passing(self.listening, self.selector, lambda _now: list(self.takers))
-        self.workers: list[Handed] = []
+        self.passing = ConnectionDistributor(self.listening, self.selector, lambda _now: list(self.takers))
+        self.workers: list[ConnectionChannel] = []
 
-    def start(self, name: str) -> Handed:
+    def start(self, name: str) -> ConnectionChannel:
         """Start a worker."""
         self.workers.append(self.passing.started(name))
         self.takers.append(name)
@@ -55,7 +55,7 @@ def parent() -> Iterator[Parent]:
     made.selector.close()
 
 
-def took(worker: Handed) -> list[str]:
+def took(worker: ConnectionChannel) -> list[str]:
     """Return the addresses of the clients whose connections a worker gets next; [] if there is none."""
     try:
         _, descriptors, _, _ = socket.recv_fds(worker.sockets[0], 64, 64)
@@ -116,7 +116,7 @@ class Opened(asyncio.Protocol):
 
 
 async def test_a_worker_takes_what_it_is_passed(parent: Parent) -> None:
-    receiver = Receiver(parent.start("worker-1"), Opened, None)
+    receiver = ConnectionReceiver(parent.start("worker-1"), Opened, None)
 
     def turned() -> bool:
         parent.turn()

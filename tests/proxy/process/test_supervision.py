@@ -12,10 +12,10 @@ from proxy.process.supervision import (
     SILENT_S,
     STOP_GRACE_S,
     Action,
-    Kill,
+    KillProcess,
     Phase,
-    Start,
-    Stop,
+    StartProcess,
+    StopProcess,
     Supervision,
 )
 
@@ -26,7 +26,7 @@ def due(state: Supervision, now: float) -> list[Action]:
     """Return what is to be done, as done: processes that start are started."""
     actions = list(state.due(now))
     for action in actions:
-        if isinstance(action, Start):
+        if isinstance(action, StartProcess):
             state.started(action.name, now)
     return actions
 
@@ -36,7 +36,7 @@ def running(workers: int = 2) -> Supervision:
     state = Supervision(workers, lambda: 1.0)
     for _ in range(3):
         for action in due(state, 0):
-            state.heard(action.name, 0)
+            state.reported(action.name, 0)
     assert state.was_ready
     return state
 
@@ -45,18 +45,18 @@ def hear(state: Supervision, now: float) -> None:
     """All running processes report."""
     for process in state.processes.values():
         if process.running:
-            state.heard(process.name, now)
+            state.reported(process.name, now)
 
 
 def test_the_hub_starts_first_then_one_worker_then_the_rest() -> None:
     state = Supervision(3, lambda: 1.0)
-    assert due(state, 0) == [Start(HUB)]
+    assert due(state, 0) == [StartProcess(HUB)]
     assert due(state, 1) == []
-    state.heard(HUB, 1)
-    assert due(state, 1) == [Start(ONE)]
+    state.reported(HUB, 1)
+    assert due(state, 1) == [StartProcess(ONE)]
     assert due(state, 1) == []
-    state.heard(ONE, 2)
-    assert due(state, 2) == [Start(TWO), Start("worker-3")]
+    state.reported(ONE, 2)
+    assert due(state, 2) == [StartProcess(TWO), StartProcess("worker-3")]
 
 
 @pytest.mark.parametrize("name", [HUB, ONE, TWO])
@@ -64,7 +64,7 @@ def test_a_process_that_ends_is_restarted_at_once(name: str) -> None:
     state = running()
     state.ended(name, 5)
     assert state.next_deadline() == 5
-    assert due(state, 5) == [Start(name)]
+    assert due(state, 5) == [StartProcess(name)]
     assert not state.failed
 
 
@@ -76,12 +76,12 @@ def test_restarts_in_a_row_wait_longer_and_longer() -> None:
         state.ended(ONE, now)
         waits.append(state.processes[ONE].start_at - now)
         now = state.processes[ONE].start_at
-        state.heard(HUB, now)
-        state.heard(TWO, now)
-        assert due(state, now) == [Start(ONE)]
+        state.reported(HUB, now)
+        state.reported(TWO, now)
+        assert due(state, now) == [StartProcess(ONE)]
     assert waits[:4] == [0, RESTART_S_FIRST, 2 * RESTART_S_FIRST, 4 * RESTART_S_FIRST]
     assert waits[-1] == RESTART_S_MAX
-    state.heard(ONE, now)
+    state.reported(ONE, now)
     state.ended(ONE, now + RESTART_S_MAX)
     assert state.processes[ONE].start_at == now + RESTART_S_MAX
 
@@ -89,14 +89,14 @@ def test_restarts_in_a_row_wait_longer_and_longer() -> None:
 def test_a_silent_process_is_killed_once_and_restarted() -> None:
     state = running()
     hear(state, 10)
-    state.heard(HUB, 10 + SILENT_S / 2)
-    state.heard(TWO, 10 + SILENT_S / 2)
+    state.reported(HUB, 10 + SILENT_S / 2)
+    state.reported(TWO, 10 + SILENT_S / 2)
     assert due(state, 10 + SILENT_S - 1) == []
     assert state.next_deadline() == 10 + SILENT_S
-    assert due(state, 10 + SILENT_S) == [Kill(ONE)]
+    assert due(state, 10 + SILENT_S) == [KillProcess(ONE)]
     assert due(state, 10 + SILENT_S) == []
     state.ended(ONE, 10 + SILENT_S)
-    assert due(state, 10 + SILENT_S) == [Start(ONE)]
+    assert due(state, 10 + SILENT_S) == [StartProcess(ONE)]
 
 
 @pytest.mark.parametrize("name", [HUB, ONE])
@@ -104,11 +104,11 @@ def test_a_process_that_cannot_start_stops_the_whole(name: str) -> None:
     state = Supervision(2, lambda: 1.0)
     due(state, 0)
     if name != HUB:
-        state.heard(HUB, 0)
+        state.reported(HUB, 0)
         due(state, 0)
     state.ended(name, 1)
     assert state.failed
-    assert due(state, 1) == ([] if name == HUB else [Stop(HUB)])
+    assert due(state, 1) == ([] if name == HUB else [StopProcess(HUB)])
     if name != HUB:
         state.ended(HUB, 2)
     assert due(state, 2) == []
@@ -118,12 +118,12 @@ def test_a_process_that_cannot_start_stops_the_whole(name: str) -> None:
 def test_at_a_stop_the_workers_leave_before_the_hub() -> None:
     state = running()
     state.stop(5)
-    assert due(state, 5) == [Stop(ONE), Stop(TWO)]
+    assert due(state, 5) == [StopProcess(ONE), StopProcess(TWO)]
     assert due(state, 5) == []
     state.ended(ONE, 6)
     assert due(state, 6) == []
     state.ended(TWO, 7)
-    assert due(state, 7) == [Stop(HUB)]
+    assert due(state, 7) == [StopProcess(HUB)]
     state.ended(HUB, 8)
     assert due(state, 8) == []
     assert state.phase is Phase.GONE
@@ -133,14 +133,14 @@ def test_at_a_stop_the_workers_leave_before_the_hub() -> None:
 def test_a_process_that_does_not_stop_is_killed() -> None:
     state = running(1)
     state.stop(5)
-    assert due(state, 5) == [Stop(ONE)]
+    assert due(state, 5) == [StopProcess(ONE)]
     late = 5 + state.drain_s + STOP_GRACE_S
     assert state.next_deadline() == late
-    assert due(state, late) == [Kill(ONE)]
+    assert due(state, late) == [KillProcess(ONE)]
     assert due(state, late) == []
     state.ended(ONE, late)
-    assert due(state, late) == [Stop(HUB)]
-    assert due(state, late + STOP_GRACE_S) == [Kill(HUB)]
+    assert due(state, late) == [StopProcess(HUB)]
+    assert due(state, late + STOP_GRACE_S) == [KillProcess(HUB)]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_the_whole_serves_while_the_hub_and_a_worker_do(hub: str, one: str, two:
         if state_of == "gone":
             state.ended(name, 1)
         else:
-            state.heard(name, 1, problem=state_of)
+            state.reported(name, 1, problem=state_of)
     assert state.reason == reason
     state.stop(2)
     assert state.reason == "draining"
@@ -174,7 +174,7 @@ def test_the_whole_serves_while_the_hub_and_a_worker_do(hub: str, one: str, two:
 def test_the_whole_hangs_if_the_hub_or_all_workers_do(hub: str, one: str, two: str, hung: str) -> None:
     state = running()
     for name, text in ((HUB, hub), (ONE, one), (TWO, two)):
-        state.heard(name, 1, hung=text)
+        state.reported(name, 1, hung=text)
     assert state.hung == hung
 
 
@@ -195,7 +195,7 @@ def test_workers_that_serve_get_connections(one: str, two: str, takers: list[str
         if state_of == "gone":
             state.ended(name, 1)
         elif state_of != "silent":
-            state.heard(name, 1 + LATE_S, problem=state_of)
+            state.reported(name, 1 + LATE_S, problem=state_of)
     assert state.takers(1 + LATE_S) == takers
     state.stop(2)
     assert state.takers(2) == []

@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from coalesce.limits import CoreLimits
 from proxy.admin.snapshot import CoverState, Snapshot
-from proxy.admin.whole import MAXIMA, OF_ALL, OF_THE_HUB, Order, ProcessReport, Whole, merged, with_ended
+from proxy.admin.whole import MAXIMA, OF_ALL, OF_THE_HUB, AllProcesses, ParentMessage, ProcessReport, merged, with_ended
 from proxy.config.knobs import Settings
 from proxy.process import shares
 from tests.e2e.raw_client import RawClient
@@ -302,13 +302,13 @@ def _report(name: str, snapshot: Snapshot) -> ProcessReport:
 
 def test_a_new_hub_continues_the_counters_of_the_last_one() -> None:
     of_hub, of_worker = Snapshot(events_received_total=5), Snapshot(calls_total=2)
-    known = Whole([_raw("hub", of_hub), _raw("worker-1", of_worker)])
+    known = AllProcesses([_raw("hub", of_hub), _raw("worker-1", of_worker)])
     # What the hub has counted since is shown when the parent has it.
     assert known.snapshot(Snapshot(events_received_total=6)).events_received_total == 5
-    after = Whole([_raw("worker-1", of_worker)], {"hub": with_ended(None, _report("hub", of_hub))})
+    after = AllProcesses([_raw("worker-1", of_worker)], {"hub": with_ended(None, _report("hub", of_hub))})
     shown = after.snapshot(Snapshot())
     assert (shown.events_received_total, shown.calls_total) == (5, 2)
-    after.learn(Order(reports=[_raw("hub", Snapshot(events_received_total=1)), _raw("worker-1", of_worker)]))
+    after.learn(ParentMessage(reports=[_raw("hub", Snapshot(events_received_total=1)), _raw("worker-1", of_worker)]))
     assert after.snapshot(Snapshot(events_received_total=3)).events_received_total == 6
     assert after.views()[0].cpu_s == 2
 

@@ -11,11 +11,11 @@ from coalesce.guarantees.checkers import DELETE, PUT, Change, Truth
 from proto.pb import kv_pb2, rpc_pb2
 from proxy.measuring.load.client import EventRecorder, read_record
 from proxy.measuring.load.judge import RunVerdict, judge, percentile_ms
-from proxy.measuring.load.plan import ClientPlan, PlannedStream, PlannedWatch, Range
+from proxy.measuring.load.plan import ClientPlan, LoadRange, PlannedStream, PlannedWatch
 from proxy.measuring.load.target import LoadTarget
 from proxy.measuring.load.writer import read_stamp, stamp
 
-SPAN = Range(b"/r/", b"/r0")
+SPAN = LoadRange(b"/r/", b"/r0")
 TRUTH = Truth(
     [
         Change(PUT, b"/r/a", b"1", 2, 2, 1, 0),

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from proxy.measuring.load.plan import Shape, deal, make_ranges, make_streams
+from proxy.measuring.load.plan import LoadShape, deal, make_ranges, make_streams
 
-SHAPE = Shape(watches=1000, ranges=10, streams=200, channels=40, processes=2, pause_s=2.0)
+SHAPE = LoadShape(watches=1000, ranges=10, streams=200, channels=40, processes=2, pause_s=2.0)
 
 
 def test_all_watches_are_distributed_evenly() -> None:
@@ -41,7 +41,7 @@ def test_every_range_has_watches_with_each_option() -> None:
 
 
 def test_a_plain_load_has_no_options() -> None:
-    shape = Shape(watches=30, ranges=3, streams=10, channels=2, plain=True)
+    shape = LoadShape(watches=30, ranges=3, streams=10, channels=2, plain=True)
     watches = [watch for stream in make_streams(shape, [1]) for watch in stream.watches]
     assert {(watch.start_revision, watch.no_put, watch.no_delete, watch.prev_kv) for watch in watches} == {
         (0, False, False, False)
@@ -53,7 +53,7 @@ def test_the_plan_is_the_same_every_time() -> None:
 
 
 def test_ranges_are_prefixes_and_single_keys_that_do_not_overlap() -> None:
-    ranges = make_ranges(b"/x/", Shape(ranges=8))
+    ranges = make_ranges(b"/x/", LoadShape(ranges=8))
     assert [bool(span.range_end) for span in ranges] == [True, True, True, False] * 2
     for span in ranges:
         for other in ranges:
@@ -65,7 +65,7 @@ def test_ranges_are_prefixes_and_single_keys_that_do_not_overlap() -> None:
 
 
 def test_unique_keys_have_one_watch_each() -> None:
-    shape = Shape(watches=1000, ranges=1000, streams=200, unique=True)
+    shape = LoadShape(watches=1000, ranges=1000, streams=200, unique=True)
     watches = [watch for stream in make_streams(shape, []) for watch in stream.watches]
     assert sorted(watch.range for watch in watches) == list(range(1000))
     ranges = make_ranges(b"/x/", shape)

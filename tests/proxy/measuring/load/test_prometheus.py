@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from proxy.measuring.load.prometheus import Cost, MetricsPage, NoMetrics, cost_of, parse_page
+from proxy.measuring.load.prometheus import MetricsPage, NoMetrics, ServingCost, cost_of, parse_page
 from tests.etcd.server import EtcdServer
 
 
@@ -32,7 +32,7 @@ def test_other_pages_are_refused() -> None:
 
 
 def test_the_cost_is_read_from_a_real_etcd(etcd: EtcdServer) -> None:
-    async def fetch() -> Cost:
+    async def fetch() -> ServingCost:
         page = MetricsPage(etcd.url)
         try:
             return await page.cost()

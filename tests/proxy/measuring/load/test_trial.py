@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
-from proxy.measuring.load.plan import Shape
+from proxy.measuring.load.plan import LoadShape
 from proxy.measuring.load.prometheus import MetricsPage
 from proxy.measuring.load.target import LoadTarget
 from proxy.measuring.load.trial import Trial, TrialSpec, run_trial
 from tests.etcd.server import EtcdServer
 
-SHAPE = Shape(watches=60, ranges=5, streams=12, channels=4, processes=2, pause_s=0.3)
+SHAPE = LoadShape(watches=60, ranges=5, streams=12, channels=4, processes=2, pause_s=0.3)
 
 
 class Steps:

@@ -13,8 +13,8 @@ TRY_AGAIN_S: Final = 1.0
 """After this time one call is sent to a server that hung, as a test."""
 
 
-class Owing:
-    """The state of one connection for that."""
+class AnswerDue:
+    """Since when the server of one connection owes an answer."""
 
     __slots__ = ("_streams", "since")
 
@@ -25,12 +25,12 @@ class Owing:
         # when bytes arrive.
         self.since: float | None = None
 
-    def asked(self, now: float) -> None:
+    def call_sent(self, now: float) -> None:
         """Record that a call was sent; its stream is open already."""
         if self.since is None or (len(self._streams) == 1 and now - self.since >= TRY_AGAIN_S):
             self.since = now
 
-    def owes(self, now: float) -> bool:
+    def is_overdue(self, now: float) -> bool:
         """
         Whether the server has sent nothing for ANSWER_DUE_S since a call was sent.
 
