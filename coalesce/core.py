@@ -57,7 +57,7 @@ class Coalescer:
         # The parts, from the bottom up: each one calls those above it in this list only.
         self._fanout = Fanout(state)
         self._waiters = waiters = ProgressWaiters(state)
-        self._progress_requests = requests = ProgressRequests(state, waiters)
+        requests = ProgressRequests(state, waiters)
         self._notifying = ProgressNotifier(state, waiters, requests)
         self._progress = progress = Progress(state, waiters, requests, self._notifying)
         self._placement = placement = Placement(state, self._fanout, requests)

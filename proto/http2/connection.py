@@ -64,7 +64,6 @@ class Connection(ReceiveSide):
         "_partial_bytes",
         "_preface_left",
         "going_away",
-        "peer_header_list_bytes_max",
         "peer_last_id",
         "peer_max_streams",
         "settings_pending",
@@ -76,8 +75,6 @@ class Connection(ReceiveSide):
         self.settings_pending = 0
         # Streams the peer lets us open; unlimited until its SETTINGS set a limit (6.5.2).
         self.peer_max_streams = STREAM_ID_MAX
-        # Maximum size of a header list that the peer accepts, in bytes; None if it announced none.
-        self.peer_header_list_bytes_max: int | None = None
         # The last stream id of the peer's GOAWAY, None before it.
         self.peer_last_id: int | None = None
         # We have sent GOAWAY (step 1 or 2).
@@ -371,8 +368,6 @@ class Connection(ReceiveSide):
             self._encoder.resize(value)
         elif identifier == frames.SETTING_MAX_CONCURRENT_STREAMS:
             self.peer_max_streams = value
-        elif identifier == frames.SETTING_MAX_HEADER_LIST_SIZE:
-            self.peer_header_list_bytes_max = value
         elif identifier == frames.SETTING_ENABLE_PUSH:
             # A server may send it, but only with 0.
             if value > (1 if self._server else 0):

@@ -1,7 +1,7 @@
 """The numbers of `--workers`: one snapshot, one set of metrics and one status page for all processes.
 
-Each process reports its snapshot once a second to the parent, which passes all reports on to the hub; the hub serves
-the metrics address. What clients do is the sum of the workers; what etcd sees is the hub.
+Each process reports its snapshot every 2.5 s to the parent, which passes all reports on to the hub; the hub serves the
+metrics address. What clients do is the sum of the workers; what etcd sees is the hub.
 
 A counter of the whole never decreases, although processes end. The parent keeps the last counters of each process that
 has ended. A page shows only counters that the parent has, also of the hub itself, so the end of a process takes nothing

@@ -174,17 +174,6 @@ def _check_prefixes(prefixes: list[str]) -> None:
         raise BadValue(f"{repeated!r} is given twice; give each prefix once")
 
 
-def read_file(path: Path) -> dict[str, ConfiguredValue]:
-    """Read a configuration file into values by `table.key`, without converting them.
-
-    Raises ConfigError for a file that cannot be read, is not TOML, or has unknown tables or keys.
-    """
-    problems: list[str] = []
-    given = _read(path, problems)
-    _raise(problems)
-    return given
-
-
 def _raise(problems: list[str]) -> None:
     if problems:
         raise ConfigError("\n".join(problems))
@@ -262,26 +251,14 @@ def _place(path: Path, text: str, table: str, key: str) -> str:
     return str(path)
 
 
-def layer(
-    above: Mapping[str, ConfiguredValue], below: Mapping[str, ConfiguredValue], *, look_at_files: bool = True
-) -> Settings:
-    """Build the settings: `above` (flags and variables) overrides `below` (the file), which overrides the defaults.
-
-    Both map `table.key` to a value of the setting's type. With `look_at_files` False, certificates need not exist, for
-    checking a file on another machine. Raises ConfigError with all problems found.
-    """
-    problems: list[str] = []
-    settings = _build({**below, **above}, problems, look_at_files)
-    _raise(problems)
-    return settings
-
-
 def merge_settings(
     above: Mapping[str, ConfiguredValue], path: Path | None, problems: list[str], *, look_at_files: bool = True
 ) -> tuple[Settings, dict[str, ConfiguredValue]]:
-    """Read the file at `path` below `above`, as `layer` does; return the settings and all given values.
+    """Build the settings; return them and all given values.
 
-    `problems` are those already found; they are raised together with those found here. Raises ConfigError.
+    `above` (flags and variables) overrides the file at `path`, which overrides the defaults. It maps `table.key` to a
+    value of the setting's type. With `look_at_files` False, certificates need not exist, for checking a file on another
+    machine. `problems` are those already found; ConfigError has them and those found here.
     """
     try:
         merged = {**(_read(path, problems) if path is not None else {}), **above}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from proxy.cli.group import COMMANDS, run
-from proxy.config.file import read_file
+from proxy.config.file import merge_settings
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -201,7 +201,7 @@ def test_the_settings_in_force_have_their_origin(
     assert "secret" not in text
     # It is a configuration file, with the same values.
     path.write_text(text)
-    assert read_file(path)["watch.linger_s"].value == 3
+    assert merge_settings({}, path, [])[1]["watch.linger_s"].value == 3
     monkeypatch.delenv("WATCHMUX_PASSWORD")
     assert run(["config", "--effective", "--listen-addr=here", "--cert=x"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.config.file import ConfigError, ConfiguredValue, from_text, layer, read_file
+from proxy.config.file import ConfigError, ConfiguredValue, from_text, merge_settings
 from proxy.config.knobs import Settings, knobs
 from proxy.config.rendering import render_example
 
@@ -16,7 +16,7 @@ from proxy.config.rendering import render_example
 def settings_from(tmp_path: Path, text: str) -> Settings:
     path = tmp_path / "w.toml"
     path.write_text(text)
-    return layer({}, read_file(path))
+    return merge_settings({}, path, [])[0]
 
 
 def refusal(tmp_path: Path, text: str) -> str:
@@ -118,18 +118,18 @@ def test_each_error_is_one_line_with_place_and_problem(tmp_path: Path, text: str
 
 def test_an_unreadable_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"missing\.toml: cannot read file: no such file or directory"):
-        read_file(tmp_path / "missing.toml")
+        merge_settings({}, tmp_path / "missing.toml", [])
     with pytest.raises(ConfigError, match="cannot read file: is a directory"):
-        read_file(tmp_path)
+        merge_settings({}, tmp_path, [])
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not a text file: byte 0 is not UTF-8"):
-        read_file(tmp_path / "binary")
+        merge_settings({}, tmp_path / "binary", [])
 
 
 def test_flags_override_the_file_which_overrides_the_defaults(tmp_path: Path) -> None:
     path = tmp_path / "w.toml"
     path.write_text("[watch]\nlinger_s = 3\nhistory_age_s = 4\n")
-    settings = layer({"watch.linger_s": ConfiguredValue(5.0, "--linger")}, read_file(path))
+    settings = merge_settings({"watch.linger_s": ConfiguredValue(5.0, "--linger")}, path, [])[0]
     assert settings.watch.linger_s == 5.0
     assert settings.watch.history_age_s == 4.0
     assert settings.watch.backfills_max == Settings().watch.backfills_max
@@ -139,9 +139,9 @@ def test_an_error_names_the_origin_of_the_value(tmp_path: Path) -> None:
     path = tmp_path / "w.toml"
     path.write_text("[watch]\nlinger_s = -3\n")
     # A value that a flag overrides is not used, and so not checked.
-    layer({"watch.linger_s": ConfiguredValue(5.0, "--linger")}, read_file(path))
+    merge_settings({"watch.linger_s": ConfiguredValue(5.0, "--linger")}, path, [])
     with pytest.raises(ConfigError, match=r"^--linger: expected a number of seconds >= 0, got -1\.0$"):
-        layer({"watch.linger_s": ConfiguredValue(-1.0, "--linger")}, {})
+        merge_settings({"watch.linger_s": ConfiguredValue(-1.0, "--linger")}, None, [])
 
 
 @pytest.mark.parametrize(
@@ -163,12 +163,16 @@ def test_values_that_contradict_each_other_are_refused(given: dict[str, str], me
     flags = {knob.path: knob.flag for knob in knobs()}
     above = {path: ConfiguredValue(value, flags[path]) for path, value in given.items()}
     with pytest.raises(ConfigError) as error:
-        layer(above, {}, look_at_files=False)
+        merge_settings(above, None, [], look_at_files=False)
     assert str(error.value) == message
 
 
 def test_port_0_twice_is_not_a_conflict() -> None:
-    layer({path: ConfiguredValue("127.0.0.1:0", path) for path in ("listener.listen_addr", "admin.metrics_addr")}, {})
+    merge_settings(
+        {path: ConfiguredValue("127.0.0.1:0", path) for path in ("listener.listen_addr", "admin.metrics_addr")},
+        None,
+        [],
+    )
 
 
 def make_pair(directory: Path, name: str) -> tuple[str, str]:
@@ -187,7 +191,9 @@ def test_certificates_are_loaded_before_anything_starts(tmp_path: Path) -> None:
     empty.write_text("")
 
     def check(**values: str) -> None:
-        layer({f"listener.{name}": ConfiguredValue(value, f"--{name}") for name, value in values.items()}, {})
+        merge_settings(
+            {f"listener.{name}": ConfiguredValue(value, f"--{name}") for name, value in values.items()}, None, []
+        )
 
     check(cert_file=cert, key_file=key)
     check(cert_file=cert, key_file=key, trusted_ca_file=cert)
@@ -198,7 +204,7 @@ def test_certificates_are_loaded_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no certificate of an authority"):
         check(cert_file=cert, key_file=key, trusted_ca_file=str(empty))
     with pytest.raises(ConfigError, match=r"^--cacert: .*holds no certificate of an authority"):
-        layer({"upstream.cacert": ConfiguredValue(str(empty), "--cacert")}, {})
+        merge_settings({"upstream.cacert": ConfiguredValue(str(empty), "--cacert")}, None, [])
 
 
 @pytest.mark.parametrize(

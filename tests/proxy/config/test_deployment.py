@@ -30,7 +30,7 @@ from proxy.admin.port import PAGES
 from proxy.admin.self_probe import HUNG_AFTER
 from proxy.admin.snapshot import CoverState, Snapshot
 from proxy.admin.whole import AllProcesses
-from proxy.config.file import layer, read_file
+from proxy.config.file import merge_settings
 from proxy.config.knobs import Settings, knobs
 from proxy.config.values import parse_size_bytes
 from tests.proxy.config.test_packaging import VERSION
@@ -161,7 +161,7 @@ def settings_of(path: Path, arguments: list[str], directory: Path) -> Settings:
             file = directory / "watchmux.toml"
             file.write_text(config["data"][Path(argument.removeprefix("--config=")).name])
             # The certificates do not exist here.
-            return layer({}, read_file(file), look_at_files=False)
+            return merge_settings({}, file, [], look_at_files=False)[0]
         assert argument.split("=")[0] in {knob.flag for knob in knobs()}, number
     from proxy.cli.serve import command
 
@@ -311,7 +311,7 @@ def test_the_unit_fits_the_production_settings() -> None:
     command = shlex.split(service["ExecStart"])
     assert command[1] == "serve"
     assert {part.split("=")[0] for part in command[2:]} <= {knob.flag for knob in knobs()} | {"--config"}
-    settings = layer({}, read_file(CONFIGS / "production.toml"), look_at_files=False)
+    settings = merge_settings({}, CONFIGS / "production.toml", [], look_at_files=False)[0]
     assert settings.listener.drain_s < int(service["TimeoutStopSec"])
     assert settings.listener.connections_max < int(service["LimitNOFILE"])
     assert Settings().listener.connections_max < int(service["LimitNOFILE"])
