@@ -153,10 +153,10 @@ class Engine:
             OpenUpstream: self._open_upstream,
             CloseUpstream: self._close_upstream,
             PauseUpstream: self._pause_upstream,
-            ResumeUpstream: self._resume_upstream,
+            ResumeUpstream: lambda effect: self._client().resume(effect.upstream),
             ReadRevision: lambda effect: reader.read(RevisionRead(effect.read)),
             CheckPermission: lambda effect: reader.check(PermissionCheck.of(effect.check)),
-            RequestProgress: self._request_progress,
+            RequestProgress: lambda effect: self._client().request_progress(effect.number, effect.upstreams),
         }
 
     def attach(self, upstream: UpstreamWatches) -> None:
@@ -511,12 +511,6 @@ class Engine:
     def _pause_upstream(self, effect: PauseUpstream) -> None:
         self.stats.upstream_paused += 1
         self._client().pause(effect.upstream)
-
-    def _resume_upstream(self, effect: ResumeUpstream) -> None:
-        self._client().resume(effect.upstream)
-
-    def _request_progress(self, effect: RequestProgress) -> None:
-        self._client().request_progress(effect.number, effect.upstreams)
 
     # reads (the listener of `AuthReader`)
 

@@ -52,7 +52,7 @@ class Streams:
             return next((stream for stream in own if stream.group == group), None)
         if not self.is_full(kind):
             return None
-        return min(own, key=_live, default=None) or self._shared.get(token)
+        return min(own, key=lambda stream: stream.live, default=None) or self._shared.get(token)
 
     def is_full(self, kind: StreamKind) -> bool:
         """Whether the number of streams of a kind has reached its maximum."""
@@ -76,7 +76,3 @@ class Streams:
             self._backfills.pop(id(stream), None)
         elif stream in self._few[stream.kind]:
             self._few[stream.kind].remove(stream)
-
-
-def _live(stream: WatchStream) -> int:
-    return stream.live

@@ -175,16 +175,14 @@ class LoadStream:
         report.messages += 1
         if response.created:
             self.ids.append(response.watch_id)
-            self.positions[len(self.ids) - 1] = response.header.revision if not self._start(len(self.ids) - 1) else 0
+            index = len(self.ids) - 1
+            self.positions[index] = 0 if self.plan.watches[index].start_revision else response.header.revision
             report.opened += 1
         if response.canceled:
             report.failed.append(f"a watch was cancelled: {response.cancel_reason or 'compacted'}")
         if response.events:
             report.events += len(response.events)
             self.positions[self.ids.index(response.watch_id)] = response.events[-1].kv.mod_revision
-
-    def _start(self, index: int) -> int:
-        return self.plan.watches[index].start_revision
 
     def finished(self, final: FinalRevisions) -> int:
         """Return how many watches have the last event that matches them."""
