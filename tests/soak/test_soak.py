@@ -101,7 +101,7 @@ def stream_of(clients: Clients, channel: grpc.aio.Channel, *keys: bytes) -> Stre
     return stream
 
 
-@pytest.mark.parametrize(("text", "faults"), [(WRITE_FAILED, 0), ("a bug", 1)])
+@pytest.mark.parametrize(("text", "faults"), [(WRITE_FAILED, 0), (f"x ({callers.ANSWER_BROKEN})", 0), ("a bug", 1)])
 def test_a_write_on_a_broken_connection_is_no_fault(text: str, faults: int) -> None:
     """grpc.aio reports INTERNAL for it, also to callers that keep a lease alive."""
 
