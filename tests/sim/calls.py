@@ -86,7 +86,7 @@ class Calls:
     def prove_at_once(self) -> None:
         """Check for a restore at once, before any further write."""
         queries = self._parts.queries
-        call = queries.Call.by(queries.RestoreCheck(self.queries.rollback), AuthScope())
+        call = queries.AuthCall.by(queries.RestoreCheck(self.queries.rollback), AuthScope())
         self.queries.begin(call, self._world.upstream.state.newest_revision, self._world.now)
         self._do(self.queries.answered(call, self._header(self._world.store.revision)))
 

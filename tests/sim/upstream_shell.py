@@ -311,7 +311,7 @@ class UpstreamShell:
         self.endpoint = other
         self.state.ordered_progress = other.member.ordered_progress
         if self.standing is not None:
-            self.state.saw(self.standing.header.revision)
+            self.state.note_revision(self.standing.header.revision)
             self.on.header(self.standing.header)
         self.on.resumed(other.member.ordered_progress)
 
