@@ -8,6 +8,8 @@ The messages come from grpcio's health package, without grpc itself, which the p
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from google.protobuf.message import DecodeError
 from grpc_health.v1.health_pb2 import (  # type: ignore[import-untyped]  # the package has no type stubs
     HealthCheckRequest,
@@ -50,6 +52,8 @@ class Health:
         self.hung = ""
         """The evidence that the proxy hangs; "" if it does not."""
         self._reported: bool | None = None
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when the proxy begins or ceases to serve."""
         self._watchers: set[HealthCall] = set()
 
     @property
@@ -85,6 +89,7 @@ class Health:
     def _notify(self) -> None:
         if self.serving != self._reported:
             self._reported = self.serving
+            self.on_change()
             for call in tuple(self._watchers):
                 call.notify()
 

@@ -326,7 +326,7 @@ class _Supervisor:
         for line in lines:
             if process.ready is None:
                 process.ready = msgspec.json.decode(line, type=ChildReady)
-                self._state.reported(name, time.monotonic())
+                self._state.reported(name, time.monotonic(), problem="starting")
                 continue
             beat = msgspec.json.decode(line, type=Heartbeat)
             process.report = beat.report

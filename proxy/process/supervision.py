@@ -22,6 +22,9 @@ SILENT_S: Final = 15.0
 LATE_S: Final = 6.0
 """A worker that reports nothing for this time gets no new connections while others report."""
 
+TOGETHER_S: Final = 5.0
+"""How long connections wait at the start for all workers to serve: the first one would get all clients of a restart."""
+
 RESTART_S_FIRST: Final = 0.25
 RESTART_S_MAX: Final = 30.0
 """Delay of the second restart in a row, and the longest one; a process that lived that long is restarted at once."""
@@ -114,8 +117,12 @@ class Supervision:
     was_ready: bool = False
     """All processes were ready at the same time."""
 
+    served_together: bool = False
+    """All workers served at the same time."""
+
     processes: dict[str, Supervised] = field(default_factory=dict)
     _kill_at: float = 0.0
+    _together_until: float | None = None
     _asked: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -142,6 +149,10 @@ class Supervision:
         process.heard_at = now
         process.problem, process.hung = problem, hung
         self.was_ready = self.was_ready or all(each.ready for each in self.processes.values())
+        if name != HUB and self._together_until is None:
+            self._together_until = now + TOGETHER_S
+        if not self.served_together:
+            self.served_together = all(each.serving for each in self.processes.values() if each.name != HUB)
 
     def ended(self, name: str, now: float) -> None:
         """A process has ended."""
@@ -206,7 +217,9 @@ class Supervision:
 
     def takers(self, now: float) -> list[str]:
         """Return the workers that get new connections: those that serve, or if none does, all that are ready."""
-        if self.phase is not Phase.RUN:
+        if self.phase is not Phase.RUN or self._together_until is None:
+            return []
+        if not self.served_together and now < self._together_until:
             return []
         workers = [process for process in self.processes.values() if process.name != HUB and process.ready]
         serving = [process for process in workers if process.serving and now < process.heard_at + LATE_S]

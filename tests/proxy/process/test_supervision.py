@@ -11,6 +11,7 @@ from proxy.process.supervision import (
     RESTART_S_MAX,
     SILENT_S,
     STOP_GRACE_S,
+    TOGETHER_S,
     Action,
     KillProcess,
     Phase,
@@ -199,3 +200,19 @@ def test_workers_that_serve_get_connections(one: str, two: str, takers: list[str
     assert state.takers(1 + LATE_S) == takers
     state.stop(2)
     assert state.takers(2) == []
+
+
+def test_connections_wait_at_the_start_for_all_workers() -> None:
+    state = Supervision(2, lambda: 1.0)
+    for name in (HUB, ONE, TWO):
+        state.started(name, 0)
+        state.reported(name, 0, problem="starting")
+    state.reported(ONE, 1)
+    assert state.takers(1) == []
+    # But not for ever: of two workers one may fail again and again.
+    assert state.takers(TOGETHER_S) == [ONE]
+    state.reported(TWO, 2)
+    assert state.takers(2) == [ONE, TWO]
+    # Later a single one is enough.
+    state.reported(TWO, 3, problem="no etcd")
+    assert state.takers(3) == [ONE]
