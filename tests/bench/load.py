@@ -9,6 +9,7 @@ standard output, one line of JSON each.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import re
@@ -41,6 +42,9 @@ CREATED = b"\x18\x01"
 _message_bytes = struct.Struct(">xI").unpack_from
 CONTROL_BYTES_MAX = 120
 """A `created` answer is shorter; a response with events has a value with a marker, or is a delete (mixed cases)."""
+CLIENT_S = 60.0
+"""How long the watches of one client may take to be created, in a case that opens one client after the other."""
+
 SILENCE_S = 15.0
 """Once all writes are done and nothing was received for so long, the rest is lost."""
 READ_SLICE_S = 0.02
@@ -276,7 +280,9 @@ class Crowd:
                 return await connected(index)
             async with at_a_time:
                 client = await connected(index)
-                await client.there.wait()
+                # The peer may never answer all of them; `watch` reports how many are missing.
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(client.there.wait(), CLIENT_S)
                 return client
 
         async def connected(index: int) -> Client:
