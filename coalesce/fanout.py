@@ -122,6 +122,7 @@ class Fanout:
         watch.place = Place.AHEAD
         self._order += 1
         source.ahead_count += 1
+        self._state.put_ahead += 1
         watch.ahead = AheadEntry(watch.position, self._order, watch)
         heapq.heappush(source.ahead, watch.ahead)
         if len(source.ahead) > 2 * source.ahead_count + 16:

@@ -34,6 +34,10 @@ from proto.scan import Header
 # How many times within bookmark_s old bookmarks are looked for: etcd may drop one or two requests.
 _LOOKS = 4
 
+PUT_AHEAD_MAX = 10_000
+"""Watches that may be put ahead of their trunks until progress is requested, which puts them in step. That takes 1 us
+of CPU for each, in one step: of a million watches created at "now" on quiet ranges, 1.2 s without this bound."""
+
 
 class Progress:
     """Answers to sessions and rounds that wait for progress, and bookmarks that stay fresh."""
@@ -74,6 +78,13 @@ class Progress:
         """Remove a session's requests."""
         self._waiters.forget(session)
         self._requests.forget(session)
+
+    def bring_up(self) -> None:
+        """Request the progress of all trunks, so that watches ahead of quiet ones are put in step, a part at a time."""
+        state = self._state
+        state.put_ahead = 0
+        if state.ordered_progress:
+            self._requests.want(*(trunk.upstream for trunk in state.trunks.values() if trunk.ahead_count))
 
     def other_history(self) -> None:
         """Discard the freshness targets: the store's history was replaced."""

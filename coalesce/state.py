@@ -48,6 +48,7 @@ class CoreState:
         "ordered_progress",
         "parked",
         "progress_serial",
+        "put_ahead",
         "queued",
         "runs",
         "sessions",
@@ -117,6 +118,8 @@ class CoreState:
         self.to_replay_later: dict[Session, int | None] = {}
         # Upstream watches to be asked for progress, besides those of sessions that wait.
         self.to_ask: dict[Upstream, None] = {}
+        # Watches that were put ahead since the last request for progress, which puts them in step.
+        self.put_ahead = 0
 
     def new_history(self, floor: int, has_prev_kv: bool) -> History:
         """Return an empty history that begins at `floor`."""

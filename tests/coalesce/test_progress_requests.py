@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from coalesce import CoreLimits, Session
+from coalesce.place import Place
 from coalesce.progress_requests import STREAMS_PER_REQUEST_MAX
 from coalesce.waiting import FreshnessTargets, ProgressWaiters
 from tests.coalesce.shell import Shell, put
@@ -275,3 +276,22 @@ def test_without_trunks_there_is_no_deadline() -> None:
     shell.wait(60)
     assert shell.core.next_deadline() is None
     assert shell.core.stats.trunks == 0
+
+
+def test_many_watches_ahead_are_put_in_step_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coalesce.core.PUT_AHEAD_MAX", 3)
+    shell = Shell()
+    client = shell.client()
+    trunk = shell.trunk(5, client)
+    shell.trunk(5, client, key=b"l")
+    # The range is quiet, and other keys were written: "now" is above what the trunk is known to be complete through.
+    for _ in range(3):
+        assert not shell.asked
+        client.create()
+        shell.read_now(9)
+    # Only of the trunk that has watches ahead.
+    assert shell.asked == [(trunk,)]
+    shell.progressed(9)
+    assert [watch.place for watch in client.session.watches.values()] == [Place.IN_STEP] * 5
+    shell.wait(0.2)
+    assert len(shell.asked) == 1
