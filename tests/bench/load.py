@@ -42,6 +42,9 @@ CREATED = b"\x18\x01"
 _message_bytes = struct.Struct(">xI").unpack_from
 CONTROL_BYTES_MAX = 120
 """A `created` answer is shorter; a response with events has a value with a marker, or is a delete (mixed cases)."""
+CREATES_AT_ONCE = 1000
+"""Creates of a stream that are sent without waiting for answers: they fit into the 64 KiB window of a server."""
+
 CLIENT_S = 60.0
 """How long the watches of one client may take to be created, in a case that opens one client after the other."""
 
@@ -86,6 +89,9 @@ class Client(RawClient):
         self.watches = 0
         self.there = asyncio.Event()
         """All of its watches are created."""
+        self.unsent: list[bytes] = []
+        """Creates that wait for the answers to those before them."""
+        self.sent = 0
 
     def open(self, first: int, streams: int, authority: str, start_revision: int) -> None:
         """Open streams, the first with the watch of number `first`."""
@@ -95,10 +101,19 @@ class Client(RawClient):
         out = []
         for stream in range(1, 2 * streams, 2):
             out.append(frame(HEADERS, 4, stream, blocks.take()))
-            for _ in range(case.watches):
-                out.append(message_frame(stream, create_request(case, first, start_revision)))
+            for number in range(case.watches):
+                create = message_frame(stream, create_request(case, first, start_revision))
+                (out if number < CREATES_AT_ONCE else self.unsent).append(create)
                 first += 1
+        self.sent = self.watches - len(self.unsent)
         self.transport.write(b"".join(out))
+
+    def _go_on(self) -> None:
+        """Send further creates, once those before them are answered."""
+        if self.unsent and self.created >= self.sent:
+            part, self.unsent = self.unsent[:CREATES_AT_ONCE], self.unsent[CREATES_AT_ONCE:]
+            self.sent += len(part)
+            self.transport.write(b"".join(part))
 
     def data_received(self, data: bytes) -> None:
         now = time.monotonic_ns()
@@ -149,6 +164,7 @@ class Client(RawClient):
             at = end
         if self.created > before:
             self.tally.created += self.created - before
+            self._go_on()
             if self.created >= self.watches:
                 self.there.set()
         return at

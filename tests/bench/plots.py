@@ -43,7 +43,7 @@ def _bars(results: Results, cases: list[str], name: str, title: str) -> Figure:
     columns = min(5, len(cases))
     rows = -(-len(cases) // columns)
     figure = Figure(figsize=(2.1 * columns + 0.4, 2.1 * rows + 0.4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(f"{title} (above each: the ratio to grpc-proxy)")
     panels = figure.subplots(rows, columns, squeeze=False)
     for place, panel in enumerate(panels.flat):
         if place >= len(cases):
@@ -59,7 +59,7 @@ def _panel(panel: Axes, results: Results, case: str, name: str) -> None:
     panel.bar_label(bars, fmt="{:.3g}", fontsize=7)
     panel.margins(y=0.15)
     share = ratio(results, case, name)
-    panel.set_title(case if share is None else f"{case}: {share:.2f} of the peer", fontsize=9)
+    panel.set_title(case if share is None else f"{case}: {share:.2f}", fontsize=9)
     panel.tick_params(axis="x", labelrotation=30, labelsize=7)
     panel.tick_params(axis="y", labelsize=7)
 

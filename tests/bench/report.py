@@ -194,9 +194,10 @@ def bounds_of(results: Results) -> str:
 
 def summary_of(results: Results, about: dict[str, Any]) -> str:
     """Return the machine and the target ratios of a run, for docs/performance.md."""
+    rounds = "one round" if about["rounds"] == 1 else f"medians of {about['rounds']} rounds"
     lines = [
         *wrap(
-            f"etcd {about['etcd']}, medians of {about['rounds']} rounds, clients as {about['profile']} where the case "
+            f"etcd {about['etcd']}, {rounds}, clients as {about['profile']} where the case "
             f"does not name another; {machine_of(about)}",
             120,
         ),
@@ -204,12 +205,10 @@ def summary_of(results: Results, about: dict[str, Any]) -> str:
         "Ratios to grpc-proxy, and what was wanted:",
         "",
         goals_of(results),
-        "The same to the grpc-proxy of etcd 3.4, in front of the same etcd:",
-        "",
-        goals_of(results, OLD_PEER),
     ]
-    lines += [bounds_of(results)]
-    return "\n".join(lines) + "\n"
+    if any(OLD_PEER in targets for targets in results.values()):
+        lines += ["The same to the grpc-proxy of etcd 3.4, in front of the same etcd:", "", goals_of(results, OLD_PEER)]
+    return "\n".join([*lines, bounds_of(results)])
 
 
 def details_of(results: Results, about: dict[str, Any]) -> str:
