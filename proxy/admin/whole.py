@@ -264,6 +264,10 @@ class AllProcesses:
         return [*self.reports, *self.ended.values()]
 
     @property
+    def _lives_of_workers(self) -> list[ProcessReport]:
+        return [report for report in self.lives if report.name != HUB]
+
+    @property
     def memory_bytes(self) -> int:
         """The resident memory of all processes; pages that they share count in each."""
         return sum(report.memory_bytes for report in self.reports)
@@ -276,7 +280,7 @@ class AllProcesses:
     def snapshot(self, hub: Snapshot) -> Snapshot:
         """Return the snapshot of the whole, `hub` being that of the hub now; it serves if the hub and a worker do."""
         own = with_counters(hub, [each.snapshot for each in self.lives if each.name == HUB])
-        whole = merged(own, [each.snapshot for each in self.lives if each.name != HUB])
+        whole = merged(own, [each.snapshot for each in self._lives_of_workers])
         whole.uptime_s = round(time.monotonic() - self.since, 1)
         if hub.serving and not any(report.snapshot.serving for report in self.workers):
             reasons = [report.snapshot.reason for report in self.workers]
@@ -289,8 +293,8 @@ class AllProcesses:
 
     def delivery_delay(self) -> Histogram:
         """Return the delays of deliveries to clients."""
-        workers = [each for each in self.lives if each.name != HUB]
-        return _histogram([each.delivery_counts for each in workers], sum(each.delivery_sum_s for each in workers))
+        lives = self._lives_of_workers
+        return _histogram([each.delivery_counts for each in lives], sum(each.delivery_sum_s for each in lives))
 
     def loop_delay(self) -> Histogram:
         """Return the delays of the event loops of all processes."""

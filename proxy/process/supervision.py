@@ -129,6 +129,10 @@ class Supervision:
         for name in (HUB, *(worker(number + 1) for number in range(self.workers))):
             self.processes[name] = Supervised(name, Backoff(RESTART_S_FIRST, RESTART_S_MAX, self.jitter), 0.0)
 
+    @property
+    def _workers(self) -> list[Supervised]:
+        return [process for process in self.processes.values() if process.name != HUB]
+
     # inputs
 
     def started(self, name: str, now: float) -> None:
@@ -152,7 +156,7 @@ class Supervision:
         if name != HUB and self._together_until is None:
             self._together_until = now + TOGETHER_S
         if not self.served_together:
-            self.served_together = all(each.serving for each in self.processes.values() if each.name != HUB)
+            self.served_together = all(each.serving for each in self._workers)
 
     def ended(self, name: str, now: float) -> None:
         """A process has ended."""
@@ -182,7 +186,7 @@ class Supervision:
                     process.killed = True
                     yield KillProcess(process.name)
             return
-        workers = [process for process in self.processes.values() if process.name != HUB and process.running]
+        workers = [process for process in self._workers if process.running]
         if self.phase is Phase.STOP_WORKERS and not workers:
             self.phase = Phase.STOP_HUB
             self._kill_at = now + STOP_GRACE_S
@@ -221,7 +225,7 @@ class Supervision:
             return []
         if not self.served_together and now < self._together_until:
             return []
-        workers = [process for process in self.processes.values() if process.name != HUB and process.ready]
+        workers = [process for process in self._workers if process.ready]
         serving = [process for process in workers if process.serving and now < process.heard_at + LATE_S]
         return [process.name for process in serving or workers]
 
@@ -236,7 +240,7 @@ class Supervision:
         """
         if self.processes[HUB].hung:
             return f"hub: {self.processes[HUB].hung}"
-        workers = [process for process in self.processes.values() if process.name != HUB]
+        workers = self._workers
         return workers[0].hung if all(process.hung for process in workers) else ""
 
     @property
@@ -245,7 +249,7 @@ class Supervision:
         if self.phase is not Phase.RUN:
             return "draining"
         hub = self.processes[HUB]
-        workers = [process for process in self.processes.values() if process.name != HUB]
+        workers = self._workers
         if any(process.serving for process in workers) and hub.serving:
             return ""
         if not hub.running or not hub.ready:

@@ -58,7 +58,7 @@ def test_an_answer_that_etcd_cannot_change_is_sent_at_once(is_first: bool, start
 def test_an_answer_that_etcd_may_change_waits(
     token: bytes | None, first: dict[str, Any] | None, start: int | None, key: bytes, more: dict[str, Any]
 ) -> None:
-    """Etcd may refuse a token or a large create; it tells where "now" is; and a watch may need a second source."""
+    """Etcd may refuse a token or a large create; it sets where "now" is; and a watch may need a second source."""
     shell = Shell()
     shell.trunk(5, shell.client(), b"other")
     if first is not None:
