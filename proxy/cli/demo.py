@@ -41,15 +41,16 @@ def command(
 
     Starts a store, a proxy and client processes on this machine, opens watches through the proxy (some in the past,
     some with filters or prev_kv, one slow), writes for a while, and compares the events of every client with the
-    store's own history. Exit code 1 if any event was lost, duplicated or out of order. Its keys are removed at the end,
-    also after Ctrl-C; if it is killed, etcd removes them after two minutes.
+    store's own history. Exit code 1 if any event was lost, duplicated or out of order. Its keys, under /watchmux-load/,
+    are removed at the end, also after Ctrl-C; if it is killed, etcd removes them after two minutes.
 
     \b
       watchmux demo
-      watchmux demo --endpoints=127.0.0.1:2379      with your own etcd (keys under /watchmux-load/, deleted afterwards)
-      watchmux demo --endpoints=https://etcd-0:2379 --cacert=ca.pem --cert=client.pem --key=client-key.pem
+      watchmux demo --endpoints=127.0.0.1:2379    with your own etcd
+      watchmux demo --endpoints=https://etcd-0:2379 \\
+          --cacert=ca.pem --cert=client.pem --key=client-key.pem
       watchmux demo --watches=5000 --seconds=10
-      watchmux demo --cover                         every watch has a key of its own; all share one upstream watch
+      watchmux demo --cover                       every watch has its own key
     """
     import msgspec
     from rich.console import Console

@@ -102,10 +102,12 @@ def cli() -> None:
     \b
     Try it without an etcd:
       watchmux demo
+
     \b
     Run it in front of an etcd, and connect a client:
       watchmux serve --endpoints=127.0.0.1:2379 --listen-addr=127.0.0.1:23790
       etcdctl --endpoints=127.0.0.1:23790 watch --prefix /app/
+
     \b
     Measure what it saves your etcd:
       watchmux measure --upstream=127.0.0.1:2379

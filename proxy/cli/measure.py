@@ -70,12 +70,15 @@ def command(
     or out of order through the proxy. With --observe it neither writes nor watches: it only reads the metrics pages.
 
     \b
-      watchmux measure                                     starts a store and a proxy
-      watchmux measure --upstream=127.0.0.1:2379           your etcd; starts a proxy
-      watchmux measure --upstream=127.0.0.1:2379 --watches=5000 --report=before-after.html
-      watchmux measure --upstream=127.0.0.1:2379 --cover   each watch has its own key; one upstream watch for all
-      watchmux measure --upstream=https://etcd-0:2379 --cacert=ca.pem --cert=client.pem --key=client-key.pem
-      watchmux measure --observe --upstream=etcd-0:2379,etcd-1:2379,etcd-2:2379 --proxy-metrics=127.0.0.1:9379
+      watchmux measure                            starts a store and a proxy
+      watchmux measure --upstream=127.0.0.1:2379  your etcd; starts a proxy
+      watchmux measure --upstream=127.0.0.1:2379 --watches=5000 \\
+          --report=before-after.html
+      watchmux measure --upstream=127.0.0.1:2379 --cover
+      watchmux measure --upstream=https://etcd-0:2379 \\
+          --cacert=ca.pem --cert=client.pem --key=client-key.pem
+      watchmux measure --observe --proxy-metrics=127.0.0.1:9379 \\
+          --upstream=etcd-0:2379,etcd-1:2379,etcd-2:2379
     """
     from proxy.cli.load import cover_of, metrics_urls, run_load, shape_of, targets_of
     from proxy.measuring.load.show import ProgressBars

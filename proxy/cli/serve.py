@@ -23,9 +23,10 @@ def command(ctx: click.Context, /, parent_fd: int | None, **_given: Any) -> int:
 
     \b
       watchmux serve --endpoints=127.0.0.1:2379
-      watchmux serve --endpoints=https://etcd-0:2379,https://etcd-1:2379 --cacert=ca.pem --listen-addr=:23790
+      watchmux serve --endpoints=https://etcd-0:2379,https://etcd-1:2379 \\
+          --cacert=ca.pem --listen-addr=:23790
       watchmux serve --config=watchmux.toml --metrics-addr=127.0.0.1:9379
-      watchmux serve                              (without an etcd: starts the bundled store)
+      watchmux serve             (without an etcd: starts the bundled store)
 
     Clients connect to --listen-addr. Calls other than watches pass through to etcd unchanged. SIGTERM and SIGINT drain
     the proxy: clients reconnect elsewhere, open calls may finish within --drain. SIGHUP reloads the configuration file:

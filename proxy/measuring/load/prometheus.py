@@ -86,6 +86,8 @@ def http_reason(error: Exception) -> str:
         return "TLS failed; check the address, --cacert, --cert and --key"
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return "the name cannot be resolved; check the spelling"
+    if isinstance(error, aiohttp.ClientResponseError):
+        return "it does not speak HTTP/1"
     inner = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     if isinstance(inner, TimeoutError):
         return "no answer in time"

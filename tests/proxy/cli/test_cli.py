@@ -6,8 +6,10 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 
 from proxy.cli.group import COMMANDS, run
@@ -24,9 +26,18 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int,
     return code, shown.err.removeprefix("watchmux: ").rstrip("\n")
 
 
-def test_help_lists_every_command_and_how_to_start(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["--help"]) == 0
+def help_of(capsys: pytest.CaptureFixture[str], *name: str) -> str:
+    """Return the help in a terminal of 80 columns."""
+    with pytest.MonkeyPatch.context() as terminal:
+        terminal.setenv("COLUMNS", "80")
+        assert run([*name, "--help"]) == 0
     text = capsys.readouterr().out
+    assert not [line for line in text.splitlines() if len(line) > 80 or line != line.rstrip()]
+    return text
+
+
+def test_help_lists_every_command_and_how_to_start(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of(capsys)
     for name in COMMANDS:
         assert f"  {name} " in text
     assert "watchmux demo" in text
@@ -40,15 +51,13 @@ def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_every_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run([name, "--help"]) == 0
-    text = capsys.readouterr().out
+    text = help_of(capsys, name)
     assert f"    watchmux {name}" in text
     assert "parent-fd" not in text
 
 
 def test_serve_help_states_the_precedence(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["serve", "--help"]) == 0
-    text = " ".join(capsys.readouterr().out.split())
+    text = " ".join(help_of(capsys, "serve").split())
     assert "Flags override environment variables, which override the configuration file" in text
     assert "WATCHMUX_LISTEN_ADDR" in text
 
@@ -138,6 +147,16 @@ def test_status_without_a_proxy_is_one_line_and_exit_code_1(address: str, capsys
     assert line == (
         "cannot reach http://127.0.0.1:1: connection refused; is it the --metrics-addr of a running watchmux?"
     )
+
+
+def test_status_of_a_grpc_port_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    server = grpc.server(ThreadPoolExecutor())
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    code, line = complaint(capsys, "status", f"127.0.0.1:{port}")
+    server.stop(None).wait()
+    assert code == 1
+    assert line.startswith(f"cannot reach http://127.0.0.1:{port}: it does not speak HTTP/1; is it the --metrics-addr")
 
 
 def test_an_unreachable_upstream_cannot_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
