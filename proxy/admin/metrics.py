@@ -13,10 +13,10 @@ from itertools import accumulate
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from proxy.admin.aggregate import AllProcesses
 from proxy.admin.delays import Histogram
 from proxy.admin.monitor import Monitor
 from proxy.admin.snapshot import Snapshot
-from proxy.admin.whole import AllProcesses
 from proxy.config.knobs import Knob
 from proxy.listening.call_metrics import BOUNDS_S, METHODS
 from proxy.process import descriptors

@@ -19,11 +19,11 @@ import msgspec
 from coalesce import report
 from proto.spans import FROM_KEY, prefix_of
 from proxy.admin import memory
+from proxy.admin.aggregate import AllProcesses, ProcessReport, WorkerDetails
 from proxy.admin.clients import clients
 from proxy.admin.delays import BOUNDS_S, Histogram, LoopDelay, quantile, watch_deliveries
 from proxy.admin.snapshot import Snapshot, SnapshotSource
 from proxy.admin.views import Clients, EndpointView, HistoryPoint, Overview, ProcessView, SessionView, TrunkView
-from proxy.admin.whole import AllProcesses, ProcessReport, WorkerDetails
 from proxy.config import knobs
 from proxy.process import descriptors
 

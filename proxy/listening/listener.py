@@ -20,7 +20,7 @@ from proxy import logs
 from proxy.listening.call_metrics import CallMetrics
 from proxy.listening.calls import CallRefusal, Handler, HandlerFactory, Headers, refuse, unknown_method
 from proxy.listening.connection import CLOSE_GRACE_S, ServerConnection
-from proxy.listening.handing import ConnectionChannel, ConnectionReceiver
+from proxy.listening.fd_passing import ConnectionChannel, ConnectionReceiver
 from proxy.listening.leaving import ClosedStreamReaper
 from proxy.listening.settings import ListenerSettings, ListenerStats
 from proxy.listening.sockets import Listening, listen

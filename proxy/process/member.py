@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from proxy.admin.aggregate import AllProcesses, Heartbeat, ParentMessage
 from proxy.admin.monitor import Monitor
-from proxy.admin.whole import AllProcesses, Heartbeat, ParentMessage
 from proxy.listening.sockets import Listening
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 One *hub* holds the upstream watches, and N *workers* serve clients. Each of them is the proxy as it is with one process
 (`serving.serve`): the hub listens on a unix socket in a private directory, and a worker takes its watches from there
 (`--watch-endpoints`), so that no further protocol is needed. The parent accepts the clients' connections and passes
-each to the worker that has the fewest (`passing.py`).
+each to the worker that has the fewest (`distributor.py`).
 
 The parent has no event loop: it forks, and a process with a running loop must not. Processes are forked after all
 modules are loaded, so they share that memory and start within milliseconds. What to do and when is decided by
@@ -33,18 +33,18 @@ from typing import Final, NoReturn
 import msgspec
 
 from proxy import logs
-from proxy.admin.whole import AllProcesses, Heartbeat, ParentMessage, ProcessReport, with_ended
+from proxy.admin.aggregate import AllProcesses, Heartbeat, ParentMessage, ProcessReport, with_ended
 from proxy.config.knobs import Settings, limits
 from proxy.config.values import Address, parse_listen_address, parse_metrics_address
 from proxy.errors import FAILURE, WRONG_REQUEST, Failed, complain
-from proxy.listening.handing import ConnectionChannel
+from proxy.listening.fd_passing import ConnectionChannel
 from proxy.listening.listener import BACKLOG
 from proxy.listening.sockets import Listening, bind
 from proxy.process import serving, shares
 from proxy.process.addresses import cannot_listen
 from proxy.process.child import ChildReady, end_with
+from proxy.process.distributor import ConnectionDistributor
 from proxy.process.member import ProcessPlace
-from proxy.process.passing import ConnectionDistributor
 from proxy.process.reloading import Reloading
 from proxy.process.service_manager import ServiceManager
 from proxy.process.supervision import HUB, KillProcess, Phase, StartProcess, StopProcess, Supervision
@@ -132,7 +132,7 @@ class _Supervisor:
         if settings.admin.metrics_addr:
             self._metrics = self._bind(parse_metrics_address(settings.admin.metrics_addr), "--metrics-addr")
         self._selector = selectors.DefaultSelector()
-        self._passing = ConnectionDistributor(self._clients, self._selector, self._state.takers)
+        self._distributor = ConnectionDistributor(self._clients, self._selector, self._state.takers)
         self._woken, self._waking = socket.socketpair()
         for each in (self._woken, self._waking):
             each.setblocking(False)
@@ -171,9 +171,9 @@ class _Supervisor:
         while self._state.phase is not Phase.GONE:
             self._act()
             if self._state.phase is Phase.RUN:
-                self._passing.arrange(time.monotonic())
+                self._distributor.arrange(time.monotonic())
             else:
-                self._passing.stop()
+                self._distributor.stop()
             for key, _ in self._selector.select(self._timeout_s()):
                 key.data()
             self._reap()
@@ -183,7 +183,7 @@ class _Supervisor:
 
     def _timeout_s(self) -> float:
         alive_at = self._alive_at if self._announced and self._manager.interval_s else None
-        deadlines = (self._state.next_deadline(), self._passing.again_at, alive_at)
+        deadlines = (self._state.next_deadline(), self._distributor.again_at, alive_at)
         now = time.monotonic()
         return min([WAIT_S_MAX, *(max(0.0, deadline - now) for deadline in deadlines if deadline is not None)])
 
@@ -226,7 +226,7 @@ class _Supervisor:
 
     def _start(self, name: str) -> None:
         ours, theirs = socket.socketpair()
-        listening = self._hub if name == HUB else self._passing.started(name)
+        listening = self._hub if name == HUB else self._distributor.started(name)
         parent = os.getpid()
         pid = os.fork()
         if not pid:
@@ -250,7 +250,7 @@ class _Supervisor:
             # The others' sockets: a process learns that the parent is gone when no copy of its socket is left.
             for process in self._processes.values():
                 process.socket.close()
-            self._passing.forget()
+            self._distributor.forget()
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
@@ -297,7 +297,7 @@ class _Supervisor:
             self._unregister(process)
             process.socket.close()
             if name != HUB:
-                self._passing.ended(name)
+                self._distributor.ended(name)
             del self._processes[name]
             if process.report is not None:
                 report = msgspec.json.decode(process.report, type=ProcessReport)
@@ -332,7 +332,7 @@ class _Supervisor:
             process.report = beat.report
             self._state.reported(name, time.monotonic(), problem=beat.problem, hung=beat.hung)
             if name != HUB:
-                self._passing.reported(name, beat.open, beat.taken)
+                self._distributor.reported(name, beat.open, beat.taken)
         return True
 
     def _unregister(self, process: _Process) -> None:

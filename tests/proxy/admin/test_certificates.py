@@ -8,8 +8,8 @@ from pathlib import Path
 
 import trustme
 
+from proxy.admin.aggregate import merged
 from proxy.admin.snapshot import Snapshot
-from proxy.admin.whole import merged
 from tests.etcd.secure import SecureEtcdServer, secure_options
 from tests.proxy_process import ProxyProcess
 from tests.upstream.certificates import make_certificates

@@ -24,12 +24,12 @@ from dockerfile_parse import DockerfileParser
 from prometheus_client import ProcessCollector
 from prometheus_client.registry import CollectorRegistry
 
+from proxy.admin.aggregate import AllProcesses
 from proxy.admin.delays import Histogram
 from proxy.admin.metrics import ProxyCollector
 from proxy.admin.port import PAGES
 from proxy.admin.self_probe import HUNG_AFTER
 from proxy.admin.snapshot import CoverState, Snapshot
-from proxy.admin.whole import AllProcesses
 from proxy.config.file import merge_settings
 from proxy.config.knobs import Settings, knobs
 from proxy.config.values import parse_size_bytes

@@ -20,8 +20,17 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from coalesce.limits import CoreLimits
+from proxy.admin.aggregate import (
+    MAXIMA,
+    OF_ALL,
+    OF_THE_HUB,
+    AllProcesses,
+    ParentMessage,
+    ProcessReport,
+    merged,
+    with_ended,
+)
 from proxy.admin.snapshot import CoverState, Snapshot
-from proxy.admin.whole import MAXIMA, OF_ALL, OF_THE_HUB, AllProcesses, ParentMessage, ProcessReport, merged, with_ended
 from proxy.config.knobs import Settings
 from proxy.process import shares
 from tests.e2e.raw_client import RawClient

@@ -17,7 +17,7 @@ class ConnectionChannel(Listening):
     """What a process has instead of listening sockets, if another one accepts its connections."""
 
     def __init__(self, channel: socket.socket, port: int) -> None:
-        """`channel`: from `pair`; `port`: that of the listening sockets, 0 for a unix socket."""
+        """`channel`: from `channel_pair`; `port`: that of the listening sockets, 0 for a unix socket."""
         super().__init__([channel])
         self._port = port
 
@@ -27,7 +27,7 @@ class ConnectionChannel(Listening):
         return self._port
 
 
-def pair() -> tuple[socket.socket, socket.socket]:
+def channel_pair() -> tuple[socket.socket, socket.socket]:
     """Return the two ends over which connections are passed: for the process that accepts, and for the other one."""
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end in ends:
@@ -35,7 +35,7 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return ends
 
 
-def hand_over(channel: socket.socket, connections: Sequence[socket.socket]) -> bool:
+def send_connections(channel: socket.socket, connections: Sequence[socket.socket]) -> bool:
     """Pass at most TOGETHER_MAX connections on, and close them here. False: the other process takes none at present."""
     try:
         socket.send_fds(channel, [bytes(len(connections))], [each.fileno() for each in connections])
@@ -52,14 +52,14 @@ class ConnectionReceiver:
 
     def __init__(
         self,
-        handed: ConnectionChannel,
+        channel: ConnectionChannel,
         connection: Callable[[], asyncio.Protocol],
         shake: Callable[[socket.socket, object], None] | None,
     ) -> None:
         """`connection` makes the protocol of one. `shake`: gets each socket and its peer's address instead, for TLS."""
         self.taken = 0
         """Connections taken since the start, those included that the kernel dropped for want of a descriptor."""
-        self._channel = handed.sockets[0]
+        self._channel = channel.sockets[0]
         self._connection = connection
         self._shake = shake
         self._loop = asyncio.get_running_loop()

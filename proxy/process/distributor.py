@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Final
 
 from proxy import logs
-from proxy.listening.handing import TOGETHER_MAX, ConnectionChannel, hand_over, pair
+from proxy.listening.fd_passing import TOGETHER_MAX, ConnectionChannel, channel_pair, send_connections
 from proxy.listening.sockets import Listening
-from proxy.process.dealing import WorkerBalance
+from proxy.process.balancing import LeastConnections
 
 AGAIN_S: Final = 0.1
 """How long the parent accepts nothing after it could not (no descriptor is left), or after no worker took any."""
@@ -35,7 +35,7 @@ class ConnectionDistributor:
         self._listening = listening
         self._selector = selector
         self._takers = takers
-        self._dealing = WorkerBalance()
+        self._balance = LeastConnections()
         self._channels: dict[str, socket.socket] = {}
         self._accepted: list[socket.socket] = []
         """Connections that no worker has taken."""
@@ -43,8 +43,8 @@ class ConnectionDistributor:
 
     def started(self, name: str) -> ConnectionChannel:
         """A worker is about to be started; return what it is to have instead of listening sockets."""
-        self._channels[name], theirs = pair()
-        self._dealing.started(name)
+        self._channels[name], theirs = channel_pair()
+        self._balance.started(name)
         return ConnectionChannel(theirs, self._listening.port)
 
     def ended(self, name: str) -> None:
@@ -52,8 +52,8 @@ class ConnectionDistributor:
         self._channels.pop(name).close()
 
     def reported(self, name: str, opened: int, taken: int) -> None:
-        """See `WorkerBalance`."""
-        self._dealing.reported(name, opened, taken)
+        """See `LeastConnections`."""
+        self._balance.reported(name, opened, taken)
 
     def forget(self) -> None:
         """Close the parent's sockets: called in a process that was forked."""
@@ -72,7 +72,7 @@ class ConnectionDistributor:
         """Accept connections as long as there are takers, and those that were accepted are taken."""
         if self.again_at is not None and self.again_at <= now:
             self.again_at = None
-            self._deal(now)
+            self._distribute(now)
         self._accept(self.again_at is None and bool(self._takers(now)))
 
     def _accept(self, accepting: bool) -> None:
@@ -95,19 +95,19 @@ class ConnectionDistributor:
                 log.error("cannot accept connections", problem=str(error))
                 self.again_at = now + AGAIN_S
                 break
-        self._deal(now)
+        self._distribute(now)
 
-    def _deal(self, now: float) -> None:
+    def _distribute(self, now: float) -> None:
         takers = self._takers(now)
         left, self._accepted = self._accepted, []
         while left and takers:
             parts: dict[str, list[socket.socket]] = {}
             for one in left:
-                parts.setdefault(self._dealing.choose(takers), []).append(one)
+                parts.setdefault(self._balance.choose(takers), []).append(one)
             left = []
             for name, part in parts.items():
-                if not hand_over(self._channels[name], part):
-                    self._dealing.returned(name, len(part))
+                if not send_connections(self._channels[name], part):
+                    self._balance.returned(name, len(part))
                     takers.remove(name)
                     left += part
         if left:

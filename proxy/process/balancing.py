@@ -1,7 +1,7 @@
 """Which worker gets the next client connection: the one that has the fewest. Pure.
 
 A worker reports how many connections it has, and how many it was given so far. What it was given since then counts in
-addition, so that the connections of a moment are dealt evenly between two reports. A worker that was restarted gets
+addition, so that connections between two reports are distributed evenly too. A worker that was restarted gets
 new connections until it has as many as the others.
 """
 
@@ -28,7 +28,7 @@ class _WorkerConnections:
         return self.open + self.given - self.taken
 
 
-class WorkerBalance:
+class LeastConnections:
     """The connections of all workers, by their names."""
 
     def __init__(self) -> None:

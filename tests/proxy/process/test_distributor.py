@@ -11,9 +11,9 @@ from typing import ClassVar
 
 import pytest
 
-from proxy.listening.handing import ConnectionChannel, ConnectionReceiver
+from proxy.listening.fd_passing import ConnectionChannel, ConnectionReceiver
 from proxy.listening.sockets import bind
-from proxy.process.passing import AGAIN_S, ConnectionDistributor
+from proxy.process.distributor import AGAIN_S, ConnectionDistributor
 from tests.waiting import until, until_async
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 
-from proxy.process.dealing import WorkerBalance
+from proxy.process.balancing import LeastConnections
 
 WORKERS = ["worker-1", "worker-2", "worker-3", "worker-4"]
 
 
-def dealing() -> WorkerBalance:
-    made = WorkerBalance()
+def balance() -> LeastConnections:
+    made = LeastConnections()
     for name in WORKERS:
         made.started(name)
     return made
 
 
-def test_connections_of_a_moment_are_dealt_evenly() -> None:
-    one = dealing()
+def test_connections_between_two_reports_are_even() -> None:
+    one = balance()
     assert Counter(one.choose(WORKERS) for _ in range(20)) == dict.fromkeys(WORKERS, 5)
     # Of five, one worker has closed three, and has not taken two yet.
     one.reported("worker-2", 0, 3)
@@ -26,7 +26,7 @@ def test_connections_of_a_moment_are_dealt_evenly() -> None:
 
 
 def test_a_restarted_worker_catches_up() -> None:
-    one = dealing()
+    one = balance()
     for _ in range(40):
         one.choose(WORKERS)
     one.started("worker-3")
@@ -35,7 +35,7 @@ def test_a_restarted_worker_catches_up() -> None:
 
 
 def test_only_takers_get_connections() -> None:
-    one = dealing()
+    one = balance()
     assert Counter(one.choose(WORKERS[:2]) for _ in range(4)) == {"worker-1": 2, "worker-2": 2}
     one.returned("worker-2", 2)
     assert one.choose(["worker-1", "worker-2"]) == "worker-2"
