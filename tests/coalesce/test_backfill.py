@@ -23,8 +23,7 @@ def behind(shell: Shell, start: int, trunk_at: int = 100, **more: bool) -> tuple
     return client, backfill
 
 
-def test_lagging_watch_catches_up_with_its_trunk() -> None:
-    shell = Shell()
+def test_lagging_watch_catches_up_with_its_trunk(shell: Shell) -> None:
     client, backfill = behind(shell, 50)
     trunk = shell.opened[0]
     assert (backfill.start_revision, backfill.is_backfill, backfill.key) == (50, True, b"k")
@@ -41,8 +40,7 @@ def test_lagging_watch_catches_up_with_its_trunk() -> None:
     assert shell.core.stats.joins_backfill == 1
 
 
-def test_revisions_that_the_trunk_holds_are_replayed_from_it() -> None:
-    shell = Shell()
+def test_revisions_that_the_trunk_holds_are_replayed_from_it(shell: Shell) -> None:
     client, backfill = behind(shell, 50)
     for revision in (101, 102, 103):
         shell.events(shell.opened[0], put(revision))
@@ -51,8 +49,7 @@ def test_revisions_that_the_trunk_holds_are_replayed_from_it() -> None:
     assert shell.closed == [backfill]
 
 
-def test_progress_proves_a_backfill_in_a_quiet_range() -> None:
-    shell = Shell()
+def test_progress_proves_a_backfill_in_a_quiet_range(shell: Shell) -> None:
     client, backfill = behind(shell, 50)
     assert backfill in shell.asked[-1]
     shell.wait(0.1)
@@ -77,8 +74,7 @@ def test_progress_notify_proves_a_backfill() -> None:
     assert shell.asked == []
 
 
-def test_lagging_watches_share_a_backfill() -> None:
-    shell = Shell()
+def test_lagging_watches_share_a_backfill(shell: Shell) -> None:
     early, backfill = behind(shell, 50)
     same, _ = behind(shell, 50)
     later, _ = behind(shell, 65)
@@ -112,8 +108,7 @@ def test_an_older_backfill_takes_over_those_with_no_event_yet() -> None:
     assert shell.closed == [first, second, third]
 
 
-def test_a_backfill_that_brought_events_is_not_taken_over() -> None:
-    shell = Shell()
+def test_a_backfill_that_brought_events_is_not_taken_over(shell: Shell) -> None:
     _, newer = behind(shell, 50)
     shell.events(newer, put(60), at=100)
     behind(shell, 40)
@@ -130,8 +125,7 @@ def test_a_backfill_far_ahead_is_not_taken_over() -> None:
     assert shell.core.stats.backfills == 2
 
 
-def test_a_backfill_without_prev_kv_takes_over_none_with_it() -> None:
-    shell = Shell()
+def test_a_backfill_without_prev_kv_takes_over_none_with_it(shell: Shell) -> None:
     behind(shell, 50, prev_kv=True)
     behind(shell, 40)
     assert shell.closed == []
@@ -146,8 +140,7 @@ def test_a_backfill_too_far_behind_is_not_shared() -> None:
     assert far is not backfill
 
 
-def test_a_backfill_without_prev_kv_is_not_shared_with_prev_kv() -> None:
-    shell = Shell()
+def test_a_backfill_without_prev_kv_is_not_shared_with_prev_kv(shell: Shell) -> None:
     shell.trunk(100, shell.client(), prev_kv=True)
     plain, without = behind(shell, 50)
     wants, backfill = behind(shell, 50, prev_kv=True)
@@ -217,8 +210,7 @@ def test_a_long_stalled_watch_later_gets_its_own_backfill() -> None:
     assert slow.read() == ["#0 @50 put 50 k=v", "#0 @51 put 51 k=v"]
 
 
-def test_a_briefly_stalled_watch_stays_on_its_backfill() -> None:
-    shell = Shell()
+def test_a_briefly_stalled_watch_stays_on_its_backfill(shell: Shell) -> None:
     quick, backfill = behind(shell, 50)
     slow, _ = behind(shell, 50)
     slow.stall()
@@ -231,8 +223,7 @@ def test_a_briefly_stalled_watch_stays_on_its_backfill() -> None:
     assert len(quick.read()) == 3
 
 
-def test_the_last_watch_to_leave_closes_its_backfill() -> None:
-    shell = Shell()
+def test_the_last_watch_to_leave_closes_its_backfill(shell: Shell) -> None:
     one, backfill = behind(shell, 50)
     two, _ = behind(shell, 50)
     one.cancel(0)
@@ -326,9 +317,8 @@ def test_watches_that_cannot_share_wait_behind_other_ranges() -> None:
     assert shell.core.stats.queued == 0
 
 
-def test_compaction_cancels_backfill_watches_that_missed_events() -> None:
+def test_compaction_cancels_backfill_watches_that_missed_events(shell: Shell) -> None:
     """A watch on the same backfill that missed nothing stays open, and others are not affected."""
-    shell = Shell()
     lost, backfill = behind(shell, 50)
     lives, shared = behind(shell, 80)
     assert shared is backfill
@@ -344,8 +334,7 @@ def test_compaction_cancels_backfill_watches_that_missed_events() -> None:
     assert backfill not in shell.closed
 
 
-def test_compaction_behind_a_backfill_cancels_no_watch() -> None:
-    shell = Shell()
+def test_compaction_behind_a_backfill_cancels_no_watch(shell: Shell) -> None:
     client, backfill = behind(shell, 50)
     shell.events(backfill, put(60), at=100)
     shell.canceled(backfill, compact_revision=61)
@@ -371,15 +360,13 @@ def test_a_large_catch_up_response_is_split() -> None:
 # prev_kv
 
 
-def test_prev_kv_is_requested_only_when_a_watch_wants_it() -> None:
-    shell = Shell()
+def test_prev_kv_is_requested_only_when_a_watch_wants_it(shell: Shell) -> None:
     trunk = shell.trunk(5, shell.client())
     other = shell.trunk(5, shell.client(), b"j", prev_kv=True)
     assert (trunk.prev_kv, other.prev_kv) == (False, True)
 
 
-def test_a_trunk_with_prev_kv_serves_watches_without_it() -> None:
-    shell = Shell()
+def test_a_trunk_with_prev_kv_serves_watches_without_it(shell: Shell) -> None:
     wants, plain = shell.client(), shell.client()
     trunk = shell.trunk(5, wants, prev_kv=True)
     plain.create(start=6)
@@ -400,8 +387,7 @@ def upgrade(shell: Shell) -> tuple[Client, Client, Upstream, Upstream]:
     return plain, wants, old, new
 
 
-def test_the_first_watch_with_prev_kv_opens_an_upgrade() -> None:
-    shell = Shell()
+def test_the_first_watch_with_prev_kv_opens_an_upgrade(shell: Shell) -> None:
     plain, wants, old, new = upgrade(shell)
     shell.events(old, put(6))
     assert plain.read() == ["#0 @6 put 6 k=v"]
@@ -418,8 +404,7 @@ def test_the_first_watch_with_prev_kv_opens_an_upgrade() -> None:
     assert shell.core.stats.upgrades == 1
 
 
-def test_an_upgrade_may_be_ahead_of_its_trunk() -> None:
-    shell = Shell()
+def test_an_upgrade_may_be_ahead_of_its_trunk(shell: Shell) -> None:
     plain, wants, old, new = upgrade(shell)
     shell.created(new, 6)
     shell.events(new, put(6, prev=b"u"))
@@ -428,8 +413,7 @@ def test_an_upgrade_may_be_ahead_of_its_trunk() -> None:
     assert shell.closed == [old]
 
 
-def test_live_watches_do_not_wait_for_an_upgrade() -> None:
-    shell = Shell()
+def test_live_watches_do_not_wait_for_an_upgrade(shell: Shell) -> None:
     plain, wants, old, new = upgrade(shell)
     shell.created(new, 6)
     for revision in (6, 7, 8):
@@ -444,8 +428,7 @@ def test_live_watches_do_not_wait_for_an_upgrade() -> None:
     assert plain.read() == []
 
 
-def test_progress_completes_an_upgrade_in_a_quiet_range() -> None:
-    shell = Shell()
+def test_progress_completes_an_upgrade_in_a_quiet_range(shell: Shell) -> None:
     plain, wants, old, new = upgrade(shell)
     shell.created(new, 5)
     assert new in shell.asked[-1]
@@ -456,8 +439,7 @@ def test_progress_completes_an_upgrade_in_a_quiet_range() -> None:
     assert wants.read() == ["#0 @6 put 6 k=v (was u)"]
 
 
-def test_below_the_upgrade_the_history_has_no_prev_kv() -> None:
-    shell = Shell()
+def test_below_the_upgrade_the_history_has_no_prev_kv(shell: Shell) -> None:
     plain, _, old, new = upgrade(shell)
     shell.events(old, put(6))
     shell.created(new, 6)
@@ -477,15 +459,13 @@ def test_below_the_upgrade_the_history_has_no_prev_kv() -> None:
     assert plain.read() == ["#0 @6 put 6 k=v", "#0 @7 put 7 k=v"]
 
 
-def test_an_unused_upgrade_is_closed() -> None:
-    shell = Shell()
+def test_an_unused_upgrade_is_closed(shell: Shell) -> None:
     _, wants, _, new = upgrade(shell)
     wants.cancel(0)
     assert shell.closed == [new]
 
 
-def test_a_stall_during_an_upgrade_loses_nothing() -> None:
-    shell = Shell()
+def test_a_stall_during_an_upgrade_loses_nothing(shell: Shell) -> None:
     plain, wants, old, new = upgrade(shell)
     shell.created(new, 5)
     wants.stall()
@@ -499,9 +479,8 @@ def test_a_stall_during_an_upgrade_loses_nothing() -> None:
     assert wants.read() == ["#0 @6 put 6 k=v (was u)", "#0 @7 put 7 k=v (was v)"]
 
 
-def test_an_upgrade_does_not_start_below_the_compact_revision() -> None:
+def test_an_upgrade_does_not_start_below_the_compact_revision(shell: Shell) -> None:
     """It was opened, cancelled and opened again at the same revision without end."""
-    shell = Shell()
     plain, wants, past = shell.client(), shell.client(), shell.client()
     old = shell.trunk(5, plain)
     wants.create(start=12, prev_kv=True)
@@ -525,9 +504,8 @@ def test_an_upgrade_does_not_start_below_the_compact_revision() -> None:
     assert wants.read()[-1] == "#0 @12 put 12 k=v (was u)"
 
 
-def test_an_upgrade_stays_for_watches_on_other_backfills() -> None:
+def test_an_upgrade_stays_for_watches_on_other_backfills(shell: Shell) -> None:
     """It was closed with its last own watch, and watches with prev_kv could never move to the trunk."""
-    shell = Shell()
     plain, wants, future = shell.client(), shell.client(), shell.client()
     trunk = shell.trunk(100, plain)
     wants.create(start=50, prev_kv=True)
@@ -548,8 +526,7 @@ def test_an_upgrade_stays_for_watches_on_other_backfills() -> None:
     assert plain.read() == ["#0 @101 put 101 k=v"]
 
 
-def test_a_compacted_upgrade_is_reopened_if_needed() -> None:
-    shell = Shell()
+def test_a_compacted_upgrade_is_reopened_if_needed(shell: Shell) -> None:
     wants, near = shell.client(), shell.client()
     trunk = shell.trunk(100, shell.client())
     wants.create(start=50, prev_kv=True)

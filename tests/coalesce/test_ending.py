@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from coalesce import CoreLimits, UpstreamLost
-from tests.coalesce.shell import Shell, header, put
+from tests.coalesce.shell import Client, Shell, header, put
 
 UNAVAILABLE = 14
 
@@ -15,8 +15,7 @@ UNAVAILABLE = 14
 # by the client
 
 
-def test_cancel() -> None:
-    shell = Shell()
+def test_cancel(shell: Shell) -> None:
     client, other = shell.client(), shell.client()
     trunk = shell.trunk(5, client)
     other.create(start=6)
@@ -47,9 +46,7 @@ def test_a_trunk_lingers_with_its_history() -> None:
     assert len(shell.opened) == 1
 
 
-def test_responses_of_a_closed_upstream_watch_are_ignored() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_responses_of_a_closed_upstream_watch_are_ignored(shell: Shell, client: Client) -> None:
     trunk = shell.trunk(5, client)
     client.cancel(0)
     shell.wait(10)
@@ -65,9 +62,8 @@ def test_responses_of_a_closed_upstream_watch_are_ignored() -> None:
 # by a compaction
 
 
-def test_a_compaction_cancels_only_watches_that_missed_events() -> None:
+def test_a_compaction_cancels_only_watches_that_missed_events(shell: Shell) -> None:
     """Watches that need the compact revision or later stay open, on a new upstream watch."""
-    shell = Shell()
     live, future, edge, other = (shell.client() for _ in range(4))
     trunk = shell.trunk(5, live)
     future.create(start=12)
@@ -89,8 +85,7 @@ def test_a_compaction_cancels_only_watches_that_missed_events() -> None:
     assert other.read() == ["#0 @21 put 21 j=v"]
 
 
-def test_a_compaction_by_which_no_event_was_missed() -> None:
-    shell = Shell()
+def test_a_compaction_by_which_no_event_was_missed(shell: Shell) -> None:
     client, slow = shell.client(), shell.client()
     trunk = shell.trunk(5, client)
     slow.create(start=6)
@@ -107,9 +102,7 @@ def test_a_compaction_by_which_no_event_was_missed() -> None:
     assert client.read() == ["#0 @6 put 6 k=v", "#0 @7 put 7 k=v", "#0 @9 put 9 k=v"]
 
 
-def test_an_unused_compacted_trunk_is_removed() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_an_unused_compacted_trunk_is_removed(shell: Shell, client: Client) -> None:
     trunk = shell.trunk(5, client)
     client.close()
     shell.canceled(trunk, compact_revision=10)
@@ -117,9 +110,7 @@ def test_an_unused_compacted_trunk_is_removed() -> None:
     assert len(shell.opened) == 1
 
 
-def test_a_compacted_start_is_created_and_then_canceled() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_a_compacted_start_is_created_and_then_canceled(shell: Shell, client: Client) -> None:
     client.create(start=98)
     shell.read_now(100)
     shell.created(shell.opened[0], 100)
@@ -129,8 +120,7 @@ def test_a_compacted_start_is_created_and_then_canceled() -> None:
     assert shell.core.stats.trunks == 0
 
 
-def test_a_trunk_compacted_before_its_created_is_reopened() -> None:
-    shell = Shell()
+def test_a_trunk_compacted_before_its_created_is_reopened(shell: Shell) -> None:
     past, now = shell.client(), shell.client()
     past.create(start=98)
     shell.read_now(100)
@@ -144,9 +134,7 @@ def test_a_trunk_compacted_before_its_created_is_reopened() -> None:
     assert now.read() == ["#0 @101 created"]
 
 
-def test_a_cancel_follows_the_unsent_bytes_of_a_stalled_watch() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_a_cancel_follows_the_unsent_bytes_of_a_stalled_watch(shell: Shell, client: Client) -> None:
     trunk = shell.trunk(5, client)
     client.stall()
     shell.events(trunk, put(6))
@@ -157,8 +145,7 @@ def test_a_cancel_follows_the_unsent_bytes_of_a_stalled_watch() -> None:
     assert shell.opened == []
 
 
-def test_an_upgrade_does_not_outlive_its_trunk() -> None:
-    shell = Shell()
+def test_an_upgrade_does_not_outlive_its_trunk(shell: Shell) -> None:
     plain, wants = shell.client(), shell.client()
     trunk = shell.trunk(5, plain)
     wants.create(start=12, prev_kv=True)
@@ -177,8 +164,7 @@ def test_an_upgrade_does_not_outlive_its_trunk() -> None:
 # lost, refused, no leader
 
 
-def test_a_lost_trunk_ends_its_sessions_and_no_others() -> None:
-    shell = Shell()
+def test_a_lost_trunk_ends_its_sessions_and_no_others(shell: Shell) -> None:
     client, behind, waiting, other = (shell.client() for _ in range(4))
     kept = shell.trunk(100, other, b"j")
     trunk = shell.trunk(100, client)
@@ -193,9 +179,8 @@ def test_a_lost_trunk_ends_its_sessions_and_no_others() -> None:
     assert other.read() == ["#0 @101 put 101 j=v"]
 
 
-def test_any_loss_ends_the_stream_but_refuses_a_create() -> None:
+def test_any_loss_ends_the_stream_but_refuses_a_create(shell: Shell) -> None:
     """Python's etcd3 and aetcd wait without end on a `canceled` without compact_revision."""
-    shell = Shell()
     client, waiting = shell.client(), shell.client()
     trunk = shell.trunk(5, client)
     waiting.create()
@@ -208,9 +193,8 @@ def test_any_loss_ends_the_stream_but_refuses_a_create() -> None:
     assert shell.core.stats.watches == 0
 
 
-def test_a_create_too_large_for_etcd_ends_its_stream() -> None:
+def test_a_create_too_large_for_etcd_ends_its_stream(shell: Shell) -> None:
     """As in etcd: there is no answer to such a create."""
-    shell = Shell()
     large, other = shell.client(), shell.client()
     shell.trunk(5, other)
     large.create(b"large")
@@ -220,8 +204,7 @@ def test_a_create_too_large_for_etcd_ends_its_stream() -> None:
     assert other.ended is None
 
 
-def test_a_lost_backfill_ends_only_its_sessions() -> None:
-    shell = Shell()
+def test_a_lost_backfill_ends_only_its_sessions(shell: Shell) -> None:
     client, behind = shell.client(), shell.client()
     shell.trunk(100, client)
     behind.create(start=10)
@@ -231,8 +214,7 @@ def test_a_lost_backfill_ends_only_its_sessions() -> None:
     assert shell.core.stats.backfills == 0
 
 
-def test_another_token_replaces_a_refused_one() -> None:
-    shell = Shell()
+def test_another_token_replaces_a_refused_one(shell: Shell) -> None:
     one, two = shell.client(b"one"), shell.client(b"two")
     trunk = shell.trunk(5, one)
     two.create(start=6)
@@ -260,8 +242,7 @@ def test_another_token_replaces_a_refused_one() -> None:
         UpstreamLost(3, "etcdserver: revision of auth store is old"),
     ],
 )
-def test_another_token_replaces_one_refused_at_registration(reason: UpstreamLost) -> None:
-    shell = Shell()
+def test_another_token_replaces_one_refused_at_registration(reason: UpstreamLost, shell: Shell) -> None:
     one, two = shell.client(b"one"), shell.client(b"two")
     trunk = shell.trunk(5, one)
     two.create(start=6)
@@ -276,8 +257,7 @@ def test_another_token_replaces_one_refused_at_registration(reason: UpstreamLost
     assert shell.core.stats.trunks == 0
 
 
-def test_a_trunk_refused_at_once_opens_with_another_token() -> None:
-    shell = Shell()
+def test_a_trunk_refused_at_once_opens_with_another_token(shell: Shell) -> None:
     one, two = shell.client(b"one"), shell.client(b"two")
     one.create()
     two.create()
@@ -289,8 +269,7 @@ def test_a_trunk_refused_at_once_opens_with_another_token() -> None:
     assert one.read() == two.read() == ["#0 @5 created"]
 
 
-def test_no_leader_ends_sessions_with_hasleader() -> None:
-    shell = Shell()
+def test_no_leader_ends_sessions_with_hasleader(shell: Shell) -> None:
     asked, waits = shell.client(has_leader=True), shell.client()
     trunk = shell.trunk(5, asked)
     waits.create(start=6)
@@ -301,9 +280,8 @@ def test_no_leader_ends_sessions_with_hasleader() -> None:
     assert waits.read() == ["#0 @5 created", "#0 @6 put 6 k=v"]
 
 
-def test_a_restored_store() -> None:
+def test_a_restored_store(shell: Shell) -> None:
     """Watches that received anything end as by a compaction: it is unknown where the histories begin to differ."""
-    shell = Shell()
     client, slow, future = shell.client(), shell.client(), shell.client()
     trunk = shell.trunk(50, client)
     slow.create(start=51)
@@ -336,8 +314,7 @@ def test_a_restored_store() -> None:
     assert future.read() == ["#0 @90 put 90 k=true"]
 
 
-def test_a_restored_store_that_grew_past_the_known_revision() -> None:
-    shell = Shell()
+def test_a_restored_store_that_grew_past_the_known_revision(shell: Shell) -> None:
     client, near, far = shell.client(), shell.client(), shell.client()
     shell.trunk(50, client)
     near.create(start=60)
@@ -357,9 +334,7 @@ def test_a_restored_store_that_grew_past_the_known_revision() -> None:
     assert shell.opened[-1].start_revision == 60, "the old history is gone"
 
 
-def test_a_create_rereads_now_after_a_restore() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_a_create_rereads_now_after_a_restore(shell: Shell, client: Client) -> None:
     client.create()
     shell.read_now(50)
     shell.do(shell.core.other_history, header(20))
@@ -369,8 +344,7 @@ def test_a_create_rereads_now_after_a_restore() -> None:
     assert client.read() == ["#0 @21 created"]
 
 
-def test_progress_after_a_restore_ignores_old_targets() -> None:
-    shell = Shell()
+def test_progress_after_a_restore_ignores_old_targets(shell: Shell) -> None:
     client, future = shell.client(), shell.client()
     trunk = shell.trunk(50, client)
     shell.events(trunk, put(60))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from coalesce import CoreLimits, UpstreamLost
-from tests.coalesce.shell import Shell, header, put
+from tests.coalesce.shell import Client, Shell, header, put
 
 INTERNAL, UNAUTHENTICATED = 13, 16
 
 
-def test_an_upgrade_takes_over_only_at_the_trunks_position() -> None:
+def test_an_upgrade_takes_over_only_at_the_trunks_position(shell: Shell) -> None:
     """Seeds 11033, 14069: while the trunk reopened the upgrade advanced, and the events in between were skipped."""
-    shell = Shell()
     one, two = shell.client(b"one"), shell.client(b"two")
     trunk = shell.trunk(5, one)
     two.create(start=6, prev_kv=True)
@@ -30,10 +29,8 @@ def test_an_upgrade_takes_over_only_at_the_trunks_position() -> None:
     assert again in shell.closed
 
 
-def test_creates_do_not_join_a_lost_trunk() -> None:
+def test_creates_do_not_join_a_lost_trunk(shell: Shell, client: Client) -> None:
     """Seed 2804: after the refusal of the first create the second was decided while the trunk was being removed."""
-    shell = Shell()
-    client = shell.client()
     client.create()
     client.create(start=9)
     trunk = shell.opened[-1]
@@ -44,9 +41,8 @@ def test_creates_do_not_join_a_lost_trunk() -> None:
     assert shell.core.stats.trunks == 0
 
 
-def test_progress_after_a_restore_ignores_old_revisions() -> None:
+def test_progress_after_a_restore_ignores_old_revisions(shell: Shell) -> None:
     """Seed 833: the groups of a trunk kept the sent revisions of the discarded history."""
-    shell = Shell()
     one, two = shell.client(), shell.client()
     trunk = shell.trunk(5, one)
     two.create(start=20)

@@ -55,9 +55,8 @@ def kept(kind: type) -> int:
     return sum(isinstance(each, kind) for each in gc.get_objects())
 
 
-def test_a_read_does_not_keep_closed_sessions() -> None:
+def test_a_read_does_not_keep_closed_sessions(shell: Shell) -> None:
     """Clients connect, create a watch and leave while etcd does not answer."""
-    shell = Shell()
     before = kept(Session)
     for _ in range(20):
         client = shell.client()
@@ -89,8 +88,7 @@ def test_cached_replays_are_freed_with_the_last_lagging_watch() -> None:
     assert kept(Payload) == before
 
 
-def test_refused_tokens_are_forgotten_with_the_next_created() -> None:
-    shell = Shell()
+def test_refused_tokens_are_forgotten_with_the_next_created(shell: Shell) -> None:
     client, other = shell.client(b"bad"), shell.client(b"good")
     trunk = shell.trunk(5, client)
     other.create(start=6)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from coalesce import CoreLimits, CreateRefusal, Granted
-from tests.coalesce.shell import Shell, header, put
+from tests.coalesce.shell import Client, Shell, header, put
 
 COMPACTED = "etcdserver: mvcc: required revision has been compacted"
 DENIED = "rpc error: code = PermissionDenied desc = etcdserver: permission denied"
@@ -32,8 +32,7 @@ DUPLICATE = "mvcc: duplicate watch ID provided on the WatchStream"
         ("create:2 create create create", ["#2 created", "#0 created", "#1 created", "#3 created"]),
     ],
 )
-def test_ids(script: str, answers: list[str]) -> None:
-    shell = Shell()
+def test_ids(script: str, answers: list[str], shell: Shell) -> None:
     shell.trunk(5, shell.client())
     client = shell.client()
     for word in script.split():
@@ -45,9 +44,7 @@ def test_ids(script: str, answers: list[str]) -> None:
     assert [line.replace(" @5", "") for line in client.read()] == answers
 
 
-def test_a_compacted_id_stays_taken_until_the_client_cancels() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_a_compacted_id_stays_taken_until_the_client_cancels(shell: Shell, client: Client) -> None:
     trunk = shell.trunk(5, client)
     client.create(start=3, watch_id=7)
     shell.created(shell.opened[-1], 5)
@@ -92,9 +89,7 @@ def test_the_order_of_refusals(start: int | None, denied: bool, empty: bool, dup
     assert len(shell.opened) == 1
 
 
-def test_a_duplicate_id_is_refused_last_and_alone() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_a_duplicate_id_is_refused_last_and_alone(shell: Shell, client: Client) -> None:
     shell.trunk(5, client)
     client.create(start=6, watch_id=4)
     client.create(b"k", b"a", 6, watch_id=4)
@@ -121,8 +116,7 @@ def test_a_duplicate_id_is_refused_last_and_alone() -> None:
         (b"\x00", b"\x00", False),
     ],
 )
-def test_empty_ranges(key: bytes, range_end: bytes, refused: bool) -> None:
-    shell = Shell()
+def test_empty_ranges(key: bytes, range_end: bytes, refused: bool, shell: Shell) -> None:
     shell.trunk(5, shell.client())
     client = shell.client()
     client.create(key, range_end)
@@ -137,16 +131,12 @@ def test_empty_ranges(key: bytes, range_end: bytes, refused: bool) -> None:
     assert client.read() == ["#0 @5 created"]
 
 
-def test_an_empty_key_is_the_smallest_key() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_an_empty_key_is_the_smallest_key(shell: Shell, client: Client) -> None:
     client.create(b"", b"")
     assert (shell.opened[0].key, shell.opened[0].range_end) == (b"\x00", b"")
 
 
-def test_the_first_refusal_reads_a_header() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_the_first_refusal_reads_a_header(shell: Shell, client: Client) -> None:
     client.create(start=-1)
     assert client.read() == []
     shell.read_now(12)
@@ -155,10 +145,8 @@ def test_the_first_refusal_reads_a_header() -> None:
     assert client.read() == [f"#-1 @12 created canceled ({COMPACTED})"]
 
 
-def test_the_refusal_of_an_empty_range_is_as_new_as_now() -> None:
+def test_the_refusal_of_an_empty_range_is_as_new_as_now(shell: Shell, client: Client) -> None:
     """Another proxy takes it as the store's revision after its own request."""
-    shell = Shell()
-    client = shell.client()
     shell.trunk(5, client)
     client.create(b"k", b"k")
     client.progress()
@@ -204,9 +192,8 @@ def test_too_many_queued_requests_end_the_session() -> None:
 # now
 
 
-def test_now_is_read_after_the_request_arrived() -> None:
+def test_now_is_read_after_the_request_arrived(shell: Shell) -> None:
     """One read serves the creates that waited when it began; later ones wait for the next."""
-    shell = Shell()
     early, late, later = shell.client(), shell.client(), shell.client()
     early.create()
     late.create()
@@ -224,8 +211,7 @@ def test_now_is_read_after_the_request_arrived() -> None:
     assert len(shell.opened) == 1
 
 
-def test_events_up_to_the_read_are_skipped() -> None:
-    shell = Shell()
+def test_events_up_to_the_read_are_skipped(shell: Shell) -> None:
     first, second = shell.client(), shell.client()
     trunk = shell.trunk(5, first)
     second.create()
@@ -236,8 +222,7 @@ def test_events_up_to_the_read_are_skipped() -> None:
     assert first.read() == ["#0 @9 put 7 k=v put 8 k=v put 9 k=v"]
 
 
-def test_events_between_the_read_and_the_trunk_are_replayed() -> None:
-    shell = Shell()
+def test_events_between_the_read_and_the_trunk_are_replayed(shell: Shell) -> None:
     first, second = shell.client(), shell.client()
     trunk = shell.trunk(5, first)
     second.create()
@@ -249,10 +234,8 @@ def test_events_between_the_read_and_the_trunk_are_replayed() -> None:
     assert second.read() == ["#0 @8 put 8 k=v"]
 
 
-def test_events_before_the_trunks_created_are_before_now() -> None:
+def test_events_before_the_trunks_created_are_before_now(shell: Shell, client: Client) -> None:
     """etcd reads the header of `created` after it registered the watch: events at or below it may be incomplete."""
-    shell = Shell()
-    client = shell.client()
     client.create()
     shell.read_now(4)
     shell.created(shell.opened[0], 6)
@@ -263,9 +246,7 @@ def test_events_before_the_trunks_created_are_before_now() -> None:
     assert client.read() == ["#0 @7 put 7 k=v"]
 
 
-def test_created_does_not_filter_a_trunk_with_a_start() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_created_does_not_filter_a_trunk_with_a_start(shell: Shell, client: Client) -> None:
     client.create(start=4)
     shell.read_now(6)
     assert shell.opened[0].start_revision == 4
@@ -290,8 +271,7 @@ def test_where_a_trunk_starts(start: int, newest: int, trunk_start: int | None) 
     assert [upstream.start_revision for upstream in shell.opened[1:]] == ([] if trunk_start else [start])
 
 
-def test_a_start_needs_no_read_after_a_recent_header() -> None:
-    shell = Shell()
+def test_a_start_needs_no_read_after_a_recent_header(shell: Shell) -> None:
     shell.trunk(100, shell.client(), b"other")
     client = shell.client()
     client.create(start=95)
@@ -316,9 +296,7 @@ def test_a_start_needs_no_read_after_a_recent_header() -> None:
     assert len(shell.reads) == 1
 
 
-def test_a_future_start_gets_no_earlier_event() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_a_future_start_gets_no_earlier_event(shell: Shell, client: Client) -> None:
     trunk = shell.trunk(5, shell.client())
     client.create(start=8)
     assert client.read() == ["#0 @5 created"]
@@ -330,8 +308,7 @@ def test_a_future_start_gets_no_earlier_event() -> None:
     assert shell.core.stats.joins_future == 1
 
 
-def test_a_start_inside_the_history_needs_no_upstream_call() -> None:
-    shell = Shell()
+def test_a_start_inside_the_history_needs_no_upstream_call(shell: Shell) -> None:
     trunk = shell.trunk(5, shell.client())
     for revision in range(6, 12):
         shell.events(trunk, put(revision))
@@ -343,8 +320,7 @@ def test_a_start_inside_the_history_needs_no_upstream_call() -> None:
     assert shell.core.stats.joins_history == 1
 
 
-def test_a_permission_check_serves_as_the_read() -> None:
-    shell = Shell()
+def test_a_permission_check_serves_as_the_read(shell: Shell) -> None:
     shell.auth = True
     client = shell.client(b"token")
     client.create()
@@ -358,8 +334,7 @@ def test_a_permission_check_serves_as_the_read() -> None:
 
 
 @pytest.mark.parametrize("outcome", [None, header(3)])
-def test_an_earlier_header_does_not_replace_the_read(outcome: object) -> None:
-    shell = Shell()
+def test_an_earlier_header_does_not_replace_the_read(outcome: object, shell: Shell) -> None:
     shell.auth = True
     client = shell.client()
     client.create()
@@ -373,9 +348,8 @@ def test_an_earlier_header_does_not_replace_the_read(outcome: object) -> None:
 # order
 
 
-def test_answers_are_in_the_order_of_the_requests() -> None:
+def test_answers_are_in_the_order_of_the_requests(shell: Shell) -> None:
     """A create that waits delays only later requests of its client."""
-    shell = Shell()
     shell.auth = True
     client, other = shell.client(), shell.client()
     for who, start in ((other, 6), (client, 6)):
@@ -405,9 +379,7 @@ def test_answers_are_in_the_order_of_the_requests() -> None:
     ]
 
 
-def test_cancelled_before_created_is_created_and_then_canceled() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_cancelled_before_created_is_created_and_then_canceled(shell: Shell, client: Client) -> None:
     client.create()
     client.cancel(0)
     shell.created(shell.opened[0], 5)
@@ -417,10 +389,8 @@ def test_cancelled_before_created_is_created_and_then_canceled() -> None:
     assert client.read() == ["#0 @5 created", "#0 @6 canceled"]
 
 
-def test_queued_creates_wait_concurrently() -> None:
+def test_queued_creates_wait_concurrently(shell: Shell, client: Client) -> None:
     """Each range's trunk opens when its create arrives, not when its turn comes."""
-    shell = Shell()
-    client = shell.client()
     for key in (b"a", b"b", b"c"):
         client.create(key)
     assert [upstream.key for upstream in shell.opened] == [b"a", b"b", b"c"]
@@ -432,9 +402,7 @@ def test_queued_creates_wait_concurrently() -> None:
     assert client.read() == ["#0 @5 created", "#1 @5 created", "#2 @5 created"]
 
 
-def test_a_session_closed_while_waiting_leaves_nothing() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_a_session_closed_while_waiting_leaves_nothing(shell: Shell, client: Client) -> None:
     client.create()
     client.create()
     client.close()
@@ -451,8 +419,7 @@ def test_a_session_closed_while_waiting_leaves_nothing() -> None:
     client.close()
 
 
-def test_one_upstream_watch_for_many() -> None:
-    shell = Shell()
+def test_one_upstream_watch_for_many(shell: Shell) -> None:
     clients = [shell.client() for _ in range(50)]
     for client in clients:
         client.create()

@@ -9,7 +9,7 @@ import pytest
 from coalesce import CoreLimits
 from coalesce.model import Upstream
 from coalesce.notifying import PACE_S_MIN, UNKNOWN_PACE_S, WATCHES_PER_STEP, NotifyInterval
-from tests.coalesce.shell import Shell, put
+from tests.coalesce.shell import Client, Shell, put
 
 # Etcd's interval in these tests: kubeadm's.
 INTERVAL_S = 5.0
@@ -25,8 +25,7 @@ def learn_the_pace(shell: Shell) -> Upstream:
     return quiet
 
 
-def test_notifications_of_etcd_are_passed_on() -> None:
-    shell = Shell()
+def test_notifications_of_etcd_are_passed_on(shell: Shell) -> None:
     client, other, without = shell.client(), shell.client(), shell.client()
     trunk = shell.trunk(5, client, progress_notify=True)
     other.create(start=6, watch_id=7, progress_notify=True)
@@ -43,9 +42,8 @@ def test_notifications_of_etcd_are_passed_on() -> None:
     assert shell.core.stats.progress_notifies == 6
 
 
-def test_a_watch_that_had_events_is_skipped_once() -> None:
+def test_a_watch_that_had_events_is_skipped_once(shell: Shell) -> None:
     """As in etcd, a watch whose filter dropped the event is quiet."""
-    shell = Shell()
     client, filtered = shell.client(), shell.client()
     trunk = shell.trunk(5, client, progress_notify=True)
     filtered.create(start=6, progress_notify=True, no_put=True)
@@ -58,8 +56,7 @@ def test_a_watch_that_had_events_is_skipped_once() -> None:
     assert client.read() == filtered.read() == ["#0 @8 progress"]
 
 
-def test_no_progress_before_the_start_or_while_lagging() -> None:
-    shell = Shell()
+def test_no_progress_before_the_start_or_while_lagging(shell: Shell) -> None:
     slow, future = shell.client(), shell.client()
     trunk = shell.trunk(5, slow, progress_notify=True)
     future.create(start=9, progress_notify=True)
@@ -74,9 +71,7 @@ def test_no_progress_before_the_start_or_while_lagging() -> None:
     assert future.read() == ["#0 @9 progress"]
 
 
-def test_undelivered_progress_moves_no_watch_back() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_undelivered_progress_moves_no_watch_back(shell: Shell, client: Client) -> None:
     trunk = shell.trunk(5, client, progress_notify=True)
     client.create(start=6, progress_notify=True)
     client.read()
@@ -116,9 +111,7 @@ def test_a_quiet_watch_on_a_busy_trunk_is_notified_at_the_pace(ordered: bool) ->
     assert told[-1] >= revision - 2 * 2 * INTERVAL_S
 
 
-def test_progress_is_as_new_as_its_round_if_etcd_answers() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_progress_is_as_new_as_its_round_if_etcd_answers(shell: Shell, client: Client) -> None:
     trunk = shell.trunk(5, client, progress_notify=True, no_put=True)
     learn_the_pace(shell)
     client.read()
@@ -213,10 +206,8 @@ def test_a_setting_not_shorter_than_etcds_pace_has_no_effect() -> None:
         assert len(shell.asked) == asked
 
 
-def test_an_overdue_notification_is_requested() -> None:
+def test_an_overdue_notification_is_requested(shell: Shell, client: Client) -> None:
     """Etcd dropped it, or the trunk was registered again between two notifications."""
-    shell = Shell()
-    client = shell.client()
     shell.trunk(5, client, progress_notify=True)
     learn_the_pace(shell)
     shell.wait(1.2 * INTERVAL_S + 0.6)
@@ -224,8 +215,7 @@ def test_an_overdue_notification_is_requested() -> None:
     assert client.read() == ["#0 @8 progress"]
 
 
-def test_a_large_round_is_made_in_steps() -> None:
-    shell = Shell()
+def test_a_large_round_is_made_in_steps(shell: Shell) -> None:
     clients = [shell.client() for _ in range(WATCHES_PER_STEP + 10)]
     trunk = shell.trunk(5, clients[0], progress_notify=True)
     for client in clients[1:]:

@@ -28,8 +28,7 @@ def come_back(shell: Shell, start: int | None, newest: int, *, prev_kv: bool = F
     return client, shell.opened[-1]
 
 
-def test_a_returning_client_resumes_from_the_history() -> None:
-    shell = Shell()
+def test_a_returning_client_resumes_from_the_history(shell: Shell) -> None:
     parked(shell)
     assert (shell.core.stats.trunks, shell.core.stats.parked) == (0, 1)
     shell.wait(20)
@@ -48,9 +47,8 @@ def test_by_default_the_upstream_watch_closes_within_a_second() -> None:
 
 
 @pytest.mark.parametrize(("start", "opened"), [(None, None), (21, 21), (30, 21)])
-def test_a_watch_from_now_does_not_wait_for_a_catch_up(start: int | None, opened: int | None) -> None:
+def test_a_watch_from_now_does_not_wait_for_a_catch_up(start: int | None, opened: int | None, shell: Shell) -> None:
     """Etcd catches up first, for up to 100 ms, and a compaction meanwhile would cancel a watch that missed nothing."""
-    shell = Shell()
     parked(shell)
     client, trunk = come_back(shell, start, 20)
     assert trunk.start_revision == opened
@@ -64,9 +62,8 @@ def test_a_watch_from_now_does_not_wait_for_a_catch_up(start: int | None, opened
     ("start", "behind", "resumed"),
     [(7, 10_000, True), (7, 10_001, False), (5, 1000, True), (5, 1001, False), (10, 1000, True), (10, 1001, False)],
 )
-def test_no_watch_waits_for_a_long_catch_up(start: int, behind: int, resumed: bool) -> None:
+def test_no_watch_waits_for_a_long_catch_up(start: int, behind: int, resumed: bool, shell: Shell) -> None:
     """A watch that the history serves would wait as long for a backfill; others must not wait."""
-    shell = Shell()
     parked(shell)
     _, trunk = come_back(shell, start, 8 + 1 + behind)
     assert (trunk.start_revision == 9) is resumed
@@ -74,8 +71,7 @@ def test_no_watch_waits_for_a_long_catch_up(start: int, behind: int, resumed: bo
     assert bool(shell.core.stats.history_bytes) is resumed
 
 
-def test_a_compaction_while_parked_drops_the_history() -> None:
-    shell = Shell()
+def test_a_compaction_while_parked_drops_the_history(shell: Shell) -> None:
     parked(shell)
     client, trunk = come_back(shell, 7, 50)
     waiting = shell.client()
@@ -87,8 +83,7 @@ def test_a_compaction_while_parked_drops_the_history() -> None:
     assert client.read() == ["#0 @50 created", "#0 @8 put 7 k=v put 8 k=v", "#0 @50 canceled compacted 40"]
 
 
-def test_a_known_compaction_drops_the_history_at_once() -> None:
-    shell = Shell()
+def test_a_known_compaction_drops_the_history_at_once(shell: Shell) -> None:
     parked(shell)
     other = shell.trunk(100, shell.client(), b"other")
     shell.canceled(other, compact_revision=40)
@@ -119,22 +114,19 @@ def test_the_oldest_parked_history_is_dropped_at_the_limit() -> None:
     assert (shell.core.stats.parked, shell.core.stats.history_bytes) == (0, 0)
 
 
-def test_a_trunk_without_events_is_not_parked() -> None:
+def test_a_trunk_without_events_is_not_parked(shell: Shell) -> None:
     """A new trunk starts where its next client needs it, at no more cost."""
-    shell = Shell()
     parked(shell, events=0)
     assert shell.core.stats.parked == 0
 
 
-def test_a_restored_store_drops_parked_histories() -> None:
-    shell = Shell()
+def test_a_restored_store_drops_parked_histories(shell: Shell) -> None:
     parked(shell)
     shell.do(shell.core.other_history, header(4))
     assert (shell.core.stats.parked, shell.core.stats.history_bytes) == (0, 0)
 
 
-def test_a_reopened_trunk_may_add_prev_kv() -> None:
-    shell = Shell()
+def test_a_reopened_trunk_may_add_prev_kv(shell: Shell) -> None:
     parked(shell)
     client, trunk = come_back(shell, 9, 9, prev_kv=True)
     assert trunk.prev_kv
@@ -144,8 +136,7 @@ def test_a_reopened_trunk_may_add_prev_kv() -> None:
     assert len(shell.opened) == 2
 
 
-def test_a_client_that_leaves_early_leaves_the_trunk_parked() -> None:
-    shell = Shell()
+def test_a_client_that_leaves_early_leaves_the_trunk_parked(shell: Shell) -> None:
     parked(shell)
     client, _ = come_back(shell, 7, 9)
     client.close()

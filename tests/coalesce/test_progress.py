@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from tests.coalesce.shell import Shell, put
+from tests.coalesce.shell import Client, Shell, put
 
 
-def test_a_request_is_answered_when_etcd_has_answered() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_a_request_is_answered_when_etcd_has_answered(shell: Shell, client: Client) -> None:
     trunk = shell.trunk(5, client)
     client.progress()
     assert client.read() == []
@@ -18,9 +16,7 @@ def test_a_request_is_answered_when_etcd_has_answered() -> None:
     assert len(shell.asked) == 1
 
 
-def test_a_revision_known_before_is_not_an_answer() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_a_revision_known_before_is_not_an_answer(shell: Shell, client: Client) -> None:
     trunk = shell.trunk(5, client)
     shell.bookmark(trunk, 8)
     client.progress()
@@ -30,10 +26,8 @@ def test_a_revision_known_before_is_not_an_answer() -> None:
     assert client.read() == ["#-1 @8 progress"]
 
 
-def test_events_in_flight_are_not_an_answer() -> None:
+def test_events_in_flight_are_not_an_answer(shell: Shell, client: Client) -> None:
     """A put acknowledged before the request may be above them; etcd's answer covers it, if there is one."""
-    shell = Shell()
-    client = shell.client()
     trunk = shell.trunk(5, client)
     client.progress()
     shell.events(trunk, put(6))
@@ -54,9 +48,8 @@ def test_events_in_flight_are_not_an_answer() -> None:
     assert client.read() == ["#-1 @9 progress"]
 
 
-def test_a_late_answer_does_not_answer_a_newer_request() -> None:
+def test_a_late_answer_does_not_answer_a_newer_request(shell: Shell) -> None:
     """Two upstream streams (two tokens) answer separately; a proof is only as new as the request it answers."""
-    shell = Shell()
     one, two = shell.client(b"one"), shell.client(b"two")
     first, second = shell.trunk(5, one), shell.trunk(5, two, b"j")
     one.progress()
@@ -73,8 +66,7 @@ def test_a_late_answer_does_not_answer_a_newer_request() -> None:
     assert two.read() == ["#-1 @9 progress"]
 
 
-def test_an_event_in_flight_does_not_replace_a_streams_answer() -> None:
-    shell = Shell()
+def test_an_event_in_flight_does_not_replace_a_streams_answer(shell: Shell) -> None:
     one, two = shell.client(b"one"), shell.client(b"two")
     first, second = shell.trunk(5, one), shell.trunk(5, two, b"j")
     two.progress()
@@ -88,9 +80,7 @@ def test_an_event_in_flight_does_not_replace_a_streams_answer() -> None:
     assert two.read() == ["#0 @9 put 9 j=v", "#-1 @9 progress"]
 
 
-def test_an_answer_without_number_waits_for_a_target() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_an_answer_without_number_waits_for_a_target(shell: Shell, client: Client) -> None:
     shell.trunk(5, client)
     client.progress()
     shell.progressed(8, number=0)
@@ -99,10 +89,8 @@ def test_an_answer_without_number_waits_for_a_target() -> None:
     assert client.read() == ["#-1 @8 progress"]
 
 
-def test_progress_is_the_least_of_all_watches() -> None:
+def test_progress_is_the_least_of_all_watches(shell: Shell, client: Client) -> None:
     """Progress is the least proven revision; a watch on another trunk may be behind."""
-    shell = Shell()
-    client = shell.client()
     one, two = shell.trunk(5, client), shell.trunk(5, client, b"j")
     client.progress()
     shell.progressed(9, one)
@@ -111,10 +99,8 @@ def test_progress_is_the_least_of_all_watches() -> None:
     assert client.read() == ["#-1 @8 progress"]
 
 
-def test_progress_is_never_below_a_watchs_events() -> None:
+def test_progress_is_never_below_a_watchs_events(shell: Shell, client: Client) -> None:
     """clientv3 resumes all watches from progress + 1: below an event it would get that event twice."""
-    shell = Shell()
-    client = shell.client()
     one, two = shell.trunk(5, client), shell.trunk(5, client, b"j")
     client.progress()
     shell.events(one, put(12))
@@ -126,9 +112,7 @@ def test_progress_is_never_below_a_watchs_events() -> None:
     assert client.read() == ["#-1 @12 progress"]
 
 
-def test_progress_never_decreases() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_progress_never_decreases(shell: Shell, client: Client) -> None:
     one = shell.trunk(5, client)
     client.progress()
     shell.progressed(20, one)
@@ -144,9 +128,7 @@ def test_progress_never_decreases() -> None:
     assert client.read() == ["#-1 @20 progress"]
 
 
-def test_no_progress_before_a_watch_of_the_future() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_no_progress_before_a_watch_of_the_future(shell: Shell, client: Client) -> None:
     trunk = shell.trunk(5, client)
     client.create(start=9)
     client.read()
@@ -161,9 +143,7 @@ def test_no_progress_before_a_watch_of_the_future() -> None:
     assert trunk in shell.asked[-1]
 
 
-def test_no_progress_below_now() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_no_progress_below_now(shell: Shell, client: Client) -> None:
     trunk = shell.trunk(5, shell.client())
     client.create()
     shell.read_now(8)
@@ -177,9 +157,7 @@ def test_no_progress_below_now() -> None:
     assert client.read() == ["#-1 @8 progress"]
 
 
-def test_a_progress_request_queues_after_earlier_creates() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_a_progress_request_queues_after_earlier_creates(shell: Shell, client: Client) -> None:
     trunk = shell.trunk(5, client)
     client.create(b"j")
     client.progress()
@@ -192,9 +170,7 @@ def test_a_progress_request_queues_after_earlier_creates() -> None:
     assert client.read() == ["#1 @9 created", "#-1 @10 progress"]
 
 
-def test_a_later_create_does_not_block_progress() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_a_later_create_does_not_block_progress(shell: Shell, client: Client) -> None:
     shell.trunk(5, client)
     client.progress()
     client.create(b"j")
@@ -202,9 +178,7 @@ def test_a_later_create_does_not_block_progress() -> None:
     assert client.read() == ["#-1 @9 progress"]
 
 
-def test_no_progress_while_bytes_are_unsent() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_no_progress_while_bytes_are_unsent(shell: Shell, client: Client) -> None:
     trunk = shell.trunk(5, client)
     client.stall()
     shell.events(trunk, put(6))
@@ -219,9 +193,7 @@ def test_no_progress_while_bytes_are_unsent() -> None:
     assert client.read() == ["#0 @6 put 6 k=v", "#0 @7 put 7 k=v", "#-1 @9 progress"]
 
 
-def test_no_progress_while_a_watch_is_on_a_backfill() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_no_progress_while_a_watch_is_on_a_backfill(shell: Shell, client: Client) -> None:
     trunk = shell.trunk(100, client)
     client.create(start=50)
     client.read()
@@ -236,10 +208,8 @@ def test_no_progress_while_a_watch_is_on_a_backfill() -> None:
     assert client.read() == ["#1 @60 put 60 k=v", "#-1 @101 progress"]
 
 
-def test_a_compacted_id_does_not_block_progress() -> None:
+def test_a_compacted_id_does_not_block_progress(shell: Shell, client: Client) -> None:
     """In etcd it silences the stream; here the client has received its cancel."""
-    shell = Shell()
-    client = shell.client()
     trunk = shell.trunk(100, client)
     client.create(start=50)
     shell.created(shell.opened[-1], 100)
@@ -253,8 +223,7 @@ def test_a_compacted_id_does_not_block_progress() -> None:
     assert client.read() == ["#-1 @100 progress"]
 
 
-def test_without_watches_a_request_is_dropped() -> None:
-    shell = Shell()
+def test_without_watches_a_request_is_dropped(shell: Shell) -> None:
     client, other = shell.client(), shell.client()
     trunk = shell.trunk(5, other)
     client.progress()
@@ -267,9 +236,7 @@ def test_without_watches_a_request_is_dropped() -> None:
     assert client.read() == ["#0 @5 canceled"]
 
 
-def test_requests_of_a_session_are_merged_except_first_and_last() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_requests_of_a_session_are_merged_except_first_and_last(shell: Shell, client: Client) -> None:
     shell.trunk(5, client)
     for _ in range(5):
         client.progress()
@@ -283,9 +250,7 @@ def test_requests_of_a_session_are_merged_except_first_and_last() -> None:
     assert client.read() == []
 
 
-def test_nothing_is_proven_for_a_watch_before_its_created() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_nothing_is_proven_for_a_watch_before_its_created(shell: Shell, client: Client) -> None:
     client.create()
     trunk = shell.opened[0]
     shell.progressed(50, trunk)

@@ -8,11 +8,10 @@ from coalesce import CoreLimits, Session
 from coalesce.place import Place
 from coalesce.progress_requests import STREAMS_PER_REQUEST_MAX
 from coalesce.waiting import FreshnessTargets, ProgressWaiters
-from tests.coalesce.shell import Shell, put
+from tests.coalesce.shell import Client, Shell, put
 
 
-def test_one_upstream_request_serves_all_waiting_sessions() -> None:
-    shell = Shell()
+def test_one_upstream_request_serves_all_waiting_sessions(shell: Shell) -> None:
     clients = [shell.client() for _ in range(4)]
     shell.trunk(5, clients[0])
     for client in clients[1:]:
@@ -33,9 +32,7 @@ def test_one_upstream_request_serves_all_waiting_sessions() -> None:
     assert len(shell.asked) == 2
 
 
-def test_requests_are_repeated_while_a_session_waits() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_requests_are_repeated_while_a_session_waits(shell: Shell, client: Client) -> None:
     shell.trunk(5, client)
     client.progress()
     counts = []
@@ -268,9 +265,7 @@ def test_a_target_is_the_least_revision_seen_after_a_request() -> None:
     assert targets.of(1) is None
 
 
-def test_without_trunks_there_is_no_deadline() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_without_trunks_there_is_no_deadline(shell: Shell, client: Client) -> None:
     shell.trunk(5, client)
     client.close()
     shell.wait(60)

@@ -8,12 +8,11 @@ from coalesce import CoreLimits, CreateRequest, Deliver
 from coalesce.effects import CheckPermission
 from coalesce.place import Place
 from proto.scan import WatchResponse
-from tests.coalesce.shell import Shell, delete, header, put
+from tests.coalesce.shell import Client, Shell, delete, header, put
 from tests.steps import steps
 
 
-def test_a_slow_client_catches_up_without_affecting_others() -> None:
-    shell = Shell()
+def test_a_slow_client_catches_up_without_affecting_others(shell: Shell) -> None:
     slow, quick = shell.client(), shell.client()
     trunk = shell.trunk(5, quick)
     slow.create(start=6)
@@ -32,8 +31,7 @@ def test_a_slow_client_catches_up_without_affecting_others() -> None:
     assert len(shell.opened) == 1
 
 
-def test_a_stalled_session_gets_one_delivery_per_watch() -> None:
-    shell = Shell()
+def test_a_stalled_session_gets_one_delivery_per_watch(shell: Shell) -> None:
     slow, quick = shell.client(), shell.client()
     trunk = shell.trunk(5, quick)
     slow.create(start=6)
@@ -54,9 +52,7 @@ def test_a_stalled_session_gets_one_delivery_per_watch() -> None:
     assert sessions == [[quick.session, slow.session, slow.session], [quick.session]]
 
 
-def test_a_session_that_drains_between_events_moves_nothing() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_a_session_that_drains_between_events_moves_nothing(shell: Shell, client: Client) -> None:
     trunk = shell.trunk(5, client)
     watch = client.session.watches[0]
     group = watch.group
@@ -75,9 +71,7 @@ def test_a_session_that_drains_between_events_moves_nothing() -> None:
     assert shell.core.stats.replays == 0
 
 
-def test_an_event_moves_only_its_watch_of_a_stalled_session() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_an_event_moves_only_its_watch_of_a_stalled_session(shell: Shell, client: Client) -> None:
     first = shell.trunk(5, client, b"a")
     second = shell.trunk(5, client, b"b")
     third = shell.trunk(5, client, b"c")
@@ -111,10 +105,8 @@ def test_a_stall_costs_the_same_with_20_000_watches() -> None:
     assert costs(2) == costs(20_000)
 
 
-def test_a_stalled_session_gets_no_progress() -> None:
+def test_a_stalled_session_gets_no_progress(shell: Shell, client: Client) -> None:
     """Neither that of progress_notify nor an answer, although its watch is in step."""
-    shell = Shell()
-    client = shell.client()
     trunk = shell.trunk(5, client, progress_notify=True)
     client.stall()
     shell.events(trunk, put(6))
@@ -163,9 +155,7 @@ def test_undelivered_payloads_are_sent_again() -> None:
     ]
 
 
-def test_a_control_answer_may_stall_a_session() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_a_control_answer_may_stall_a_session(shell: Shell, client: Client) -> None:
     trunk = shell.trunk(5, client)
     shell.events(trunk, put(6))
     client.read()
@@ -177,9 +167,7 @@ def test_a_control_answer_may_stall_a_session() -> None:
     assert client.read() == ["#1 @6 created", "#1 @7 put 6 k=v put 7 k=v", "#0 @7 put 7 k=v"]
 
 
-def test_answers_of_a_stalled_session_follow_its_unsent_bytes() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_answers_of_a_stalled_session_follow_its_unsent_bytes(shell: Shell, client: Client) -> None:
     trunk = shell.trunk(5, client)
     client.stall()
     shell.events(trunk, put(6))
@@ -373,8 +361,7 @@ def test_a_drained_session_is_replayed_only_what_it_takes() -> None:
     assert replayed(100 * size) == [[size] * 5]
 
 
-def test_sessions_that_stalled_together_share_replays() -> None:
-    shell = Shell()
+def test_sessions_that_stalled_together_share_replays(shell: Shell) -> None:
     clients = [shell.client() for _ in range(3)]
     trunk = shell.trunk(5, clients[0])
     for client in clients[1:]:
@@ -394,9 +381,7 @@ def test_sessions_that_stalled_together_share_replays() -> None:
     assert payloads[0].pieces(0) == payloads[2].pieces(0)
 
 
-def test_a_watch_advances_over_filtered_events() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_a_watch_advances_over_filtered_events(shell: Shell, client: Client) -> None:
     trunk = shell.trunk(5, client, no_put=True)
     shell.events(trunk, put(6))
     shell.events(trunk, put(7), delete(8), put(9))
@@ -437,9 +422,7 @@ def test_evicted_revisions_come_by_a_backfill() -> None:
     assert other.read()[-1] == "#0 @12 put 12 k=v"
 
 
-def test_a_future_watch_of_a_stalled_session_loses_nothing() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_a_future_watch_of_a_stalled_session_loses_nothing(shell: Shell, client: Client) -> None:
     trunk = shell.trunk(5, shell.client())
     client.create(start=8)
     client.read()
@@ -501,9 +484,7 @@ def test_a_session_that_catches_up_at_times_is_not_ended() -> None:
     assert len(client.read()) == 6
 
 
-def test_an_unexpected_drain_is_harmless() -> None:
-    shell = Shell()
-    client = shell.client()
+def test_an_unexpected_drain_is_harmless(shell: Shell, client: Client) -> None:
     trunk = shell.trunk(5, client)
     shell.do(shell.core.drained, client.session, None)
     shell.core.stalled(client.session)
