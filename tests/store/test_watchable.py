@@ -16,6 +16,16 @@ from upstream.store.watchable import ServedStream, WatchLimits
 QUEUE_EVENTS_MAX = WatchLimits().queue_events_max
 
 
+@pytest.fixture
+def state() -> StoreState:
+    return new_state()
+
+
+@pytest.fixture
+def stream(state: StoreState) -> ServedStream:
+    return state.watchable.open_stream()
+
+
 def put(state: StoreState, key: bytes, value: bytes = b"v") -> int:
     state.put(rpc_pb2.PutRequest(key=key, value=value))
     state.publish()
@@ -65,8 +75,7 @@ def decoded(state: StoreState, message: WatchMessage) -> list[rpc_pb2.WatchRespo
     return [rpc_pb2.WatchResponse.FromString(piece) for piece in encode_message(state.head, message)]
 
 
-def test_a_watch_from_now_gets_new_events() -> None:
-    state = new_state()
+def test_a_watch_from_now_gets_new_events(state: StoreState) -> None:
     put(state, b"a")
     stream = state.watchable.open_stream()
     stream.create(b"a")
@@ -78,8 +87,7 @@ def test_a_watch_from_now_gets_new_events() -> None:
     assert story(stream) == ["0 created @2", "1 created @2", "0 @3 +a3", "1 @4 +c4", "0 @5 -a5"]
 
 
-def test_a_watch_from_the_past_catches_up_and_continues() -> None:
-    state = new_state()
+def test_a_watch_from_the_past_catches_up_and_continues(state: StoreState) -> None:
     for key in (b"a", b"b", b"a"):
         put(state, key)
     stream = state.watchable.open_stream()
@@ -93,18 +101,14 @@ def test_a_watch_from_the_past_catches_up_and_continues() -> None:
     assert state.watchable.slow_watchers == 0
 
 
-def test_a_watch_from_the_future_waits_for_its_start() -> None:
-    state = new_state()
-    stream = state.watchable.open_stream()
+def test_a_watch_from_the_future_waits_for_its_start(state: StoreState, stream: ServedStream) -> None:
     stream.create(b"a", start_revision=4)
     for _ in range(4):
         put(state, b"a")
     assert story(stream) == ["0 created @1", "0 @4 +a4", "0 @5 +a5"]
 
 
-def test_a_watch_from_the_future_holds_back_progress() -> None:
-    state = new_state()
-    stream = state.watchable.open_stream()
+def test_a_watch_from_the_future_holds_back_progress(state: StoreState, stream: ServedStream) -> None:
     stream.create(b"a", start_revision=2)
     stream.request_progress()
     assert story(stream) == ["0 created @1"]
@@ -113,8 +117,7 @@ def test_a_watch_from_the_future_holds_back_progress() -> None:
     assert story(stream) == ["-1 @2"]
 
 
-def test_progress_needs_a_watch_and_waits_for_all_watches() -> None:
-    state = new_state()
+def test_progress_needs_a_watch_and_waits_for_all_watches(state: StoreState) -> None:
     put(state, b"a")
     stream = state.watchable.open_stream()
     stream.request_progress()
@@ -128,9 +131,7 @@ def test_progress_needs_a_watch_and_waits_for_all_watches() -> None:
     assert story(stream) == ["1 @2 +a2", "-1 @2", "0 @3 +x3"]
 
 
-def test_progress_ticks_notify_quiet_watches_on_request() -> None:
-    state = new_state()
-    stream = state.watchable.open_stream()
+def test_progress_ticks_notify_quiet_watches_on_request(state: StoreState, stream: ServedStream) -> None:
     stream.create(b"a", progress_notify=True)
     stream.create(b"b", progress_notify=True)
     stream.create(b"c")
@@ -143,8 +144,7 @@ def test_progress_ticks_notify_quiet_watches_on_request() -> None:
     assert story(stream) == ["0 @2", "1 @2"]
 
 
-def test_a_compacted_start_is_cancelled_and_its_id_stays_used() -> None:
-    state = new_state()
+def test_a_compacted_start_is_cancelled_and_its_id_stays_used(state: StoreState) -> None:
     for _ in range(5):
         put(state, b"a")
     compact(state, 4)
@@ -169,8 +169,7 @@ def test_a_compacted_start_is_cancelled_and_its_id_stays_used() -> None:
     ]
 
 
-def test_a_watch_compacted_while_catching_up_is_cancelled() -> None:
-    state = new_state()
+def test_a_watch_compacted_while_catching_up_is_cancelled(state: StoreState) -> None:
     state.watchable.limits = WatchLimits(batch_revisions_max=2)
     for _ in range(6):
         put(state, b"a")
@@ -182,9 +181,7 @@ def test_a_watch_compacted_while_catching_up_is_cancelled() -> None:
     assert story(stream) == ["0 created @7", "0 @7 +a2 +a3", "0 canceled @7 compacted=6"]
 
 
-def test_automatic_ids_increase_and_skip_ids_in_use() -> None:
-    state = new_state()
-    stream = state.watchable.open_stream()
+def test_automatic_ids_increase_and_skip_ids_in_use(stream: ServedStream) -> None:
     assert stream.create(b"a", watch_id=1) == 1
     assert stream.create(b"a") == 0
     assert stream.create(b"a") == 2
@@ -203,17 +200,14 @@ def test_automatic_ids_increase_and_skip_ids_in_use() -> None:
         (b"b", b"a", -1, "etcdserver: mvcc: required revision has been compacted"),
     ],
 )
-def test_refused_creates(key: bytes, range_end: bytes, start_revision: int, reason: str) -> None:
-    state = new_state()
+def test_refused_creates(key: bytes, range_end: bytes, start_revision: int, reason: str, state: StoreState) -> None:
     stream = state.watchable.open_stream()
     assert stream.create(key, range_end, start_revision) == -1
     assert story(stream) == [f"-1 created canceled @1 {reason!r}"]
     assert state.watchable.stats.watchers == 0
 
 
-def test_an_empty_key_is_the_smallest_and_a_zero_end_is_open() -> None:
-    state = new_state()
-    stream = state.watchable.open_stream()
+def test_an_empty_key_is_the_smallest_and_a_zero_end_is_open(state: StoreState, stream: ServedStream) -> None:
     stream.create(b"")
     stream.create(b"", b"\x00")
     put(state, b"\x00")
@@ -221,9 +215,7 @@ def test_an_empty_key_is_the_smallest_and_a_zero_end_is_open() -> None:
     assert [message.watch_id for message in take_all(stream)[2:]] == [0, 1, 1]
 
 
-def test_cancel_is_the_last_message_and_ignores_unknown_ids() -> None:
-    state = new_state()
-    stream = state.watchable.open_stream()
+def test_cancel_is_the_last_message_and_ignores_unknown_ids(state: StoreState, stream: ServedStream) -> None:
     stream.create(b"a")
     put(state, b"a")
     stream.cancel(0)
@@ -233,8 +225,7 @@ def test_cancel_is_the_last_message_and_ignores_unknown_ids() -> None:
     assert story(stream) == ["0 created @1", "0 @2 +a2", "0 canceled @2"]
 
 
-def test_filters_omit_events_and_empty_responses() -> None:
-    state = new_state()
+def test_filters_omit_events_and_empty_responses(state: StoreState) -> None:
     put(state, b"a")
     stream = state.watchable.open_stream()
     stream.create(b"a", start_revision=1, no_put=True)
@@ -246,8 +237,7 @@ def test_filters_omit_events_and_empty_responses() -> None:
     assert story(stream)[3:] == ["1 @2 +a2", "0 @3 -a3", "-1 @3"]
 
 
-def test_previous_values_are_sent_on_request_only() -> None:
-    state = new_state()
+def test_previous_values_are_sent_on_request_only(state: StoreState) -> None:
     put(state, b"a", b"1")
     stream = state.watchable.open_stream()
     stream.create(b"a", start_revision=1, prev_kv=True)
@@ -263,8 +253,7 @@ def test_previous_values_are_sent_on_request_only() -> None:
     assert previous == {0: [b"", b"1", b"2", b""], 1: [b"", b"", b"", b""]}
 
 
-def test_a_full_stream_makes_victims_and_delays_no_other() -> None:
-    state = new_state()
+def test_a_full_stream_makes_victims_and_delays_no_other(state: StoreState) -> None:
     slow, quick = state.watchable.open_stream(), state.watchable.open_stream()
     slow.create(b"a")
     quick.create(b"a")
@@ -286,8 +275,7 @@ def test_a_full_stream_makes_victims_and_delays_no_other() -> None:
     assert state.watchable.stats.pending_events == 0
 
 
-def test_catch_up_answers_are_bounded_in_revisions_and_bytes() -> None:
-    state = new_state()
+def test_catch_up_answers_are_bounded_in_revisions_and_bytes(state: StoreState) -> None:
     for _ in range(2500):
         put(state, b"a")
     for _ in range(5):
@@ -303,9 +291,7 @@ def test_catch_up_answers_are_bounded_in_revisions_and_bytes() -> None:
     assert sizes == {0: [1000, 1000, 500], 1: [3, 2]}
 
 
-def test_large_responses_are_split_on_request_only() -> None:
-    state = new_state()
-    stream = state.watchable.open_stream()
+def test_large_responses_are_split_on_request_only(state: StoreState, stream: ServedStream) -> None:
     stream.create(b"", b"\x00", fragment=True)
     stream.create(b"", b"\x00")
     request = rpc_pb2.TxnRequest()
@@ -320,8 +306,7 @@ def test_large_responses_are_split_on_request_only() -> None:
     assert [(len(r.events), r.fragment) for r in whole] == [(5, False)]
 
 
-def test_closing_a_stream_leaves_nothing_behind() -> None:
-    state = new_state()
+def test_closing_a_stream_leaves_nothing_behind(state: StoreState) -> None:
     put(state, b"a")
     stream = state.watchable.open_stream()
     stream.create(b"a")

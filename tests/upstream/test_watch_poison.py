@@ -59,7 +59,9 @@ class Etcd:
             self._take(self.state.received(stream, answer(len(stream.by_id), 10, created=True)))
 
 
-def connected() -> WatchState:
+@pytest.fixture
+def state() -> WatchState:
+    """A connected watch client."""
     state = WatchState()
     assert state.connect(True, 10) == []
     return state
@@ -72,8 +74,7 @@ def stream_of(state: WatchState, watch: Opened) -> WatchStream:
     return registration.stream
 
 
-def test_create_that_ends_its_stream_is_lost_at_the_second_try() -> None:
-    state = connected()
+def test_create_that_ends_its_stream_is_lost_at_the_second_try(state: WatchState) -> None:
     live, bad = Opened(b"live"), Opened(b"bad")
     state.open(live)
     stream = stream_of(state, live)
@@ -93,8 +94,7 @@ def test_create_that_ends_its_stream_is_lost_at_the_second_try() -> None:
     assert len(state) == 1
 
 
-def test_suspects_that_are_answered_go_back_to_the_shared_stream() -> None:
-    state = connected()
+def test_suspects_that_are_answered_go_back_to_the_shared_stream(state: WatchState) -> None:
     a, b = Opened(b"a"), Opened(b"b")
     state.open(a)
     state.open(b)
@@ -116,8 +116,7 @@ def test_suspects_that_are_answered_go_back_to_the_shared_stream() -> None:
 
 
 @pytest.mark.parametrize("bad", [[0], [7], [19], [3, 4], [0, 10, 19], list(range(20))], ids=str)
-def test_among_many_only_those_that_end_their_streams_are_lost(bad: list[int]) -> None:
-    state = connected()
+def test_among_many_only_those_that_end_their_streams_are_lost(bad: list[int], state: WatchState) -> None:
     live = Opened(b"live")
     etcd = Etcd(state, {b"w%d" % number for number in bad})
     etcd.run(state.open(live))
@@ -131,8 +130,7 @@ def test_among_many_only_those_that_end_their_streams_are_lost(bad: list[int]) -
     assert all(stream.group is None for stream in state.streams())
 
 
-def test_a_backfill_that_ends_its_stream_is_lost_alone() -> None:
-    state = connected()
+def test_a_backfill_that_ends_its_stream_is_lost_alone(state: WatchState) -> None:
     etcd = Etcd(state, {b"bad"})
     etcd.run(state.open(Opened(b"good", start_revision=2, is_backfill=True)))
     etcd.run(state.open(Opened(b"bad", start_revision=2, is_backfill=True)))
@@ -140,8 +138,7 @@ def test_a_backfill_that_ends_its_stream_is_lost_alone() -> None:
     assert etcd.ends == 2
 
 
-def test_a_suspect_that_is_closed_may_have_been_the_one() -> None:
-    state = connected()
+def test_a_suspect_that_is_closed_may_have_been_the_one(state: WatchState) -> None:
     good, bad = Opened(b"good"), Opened(b"bad")
     etcd = Etcd(state, {b"bad"})
     state.open(bad)
@@ -163,8 +160,7 @@ def test_a_suspect_that_is_closed_may_have_been_the_one() -> None:
     assert state.registration(other) is not None
 
 
-def test_large_creates_have_streams_apart_from_the_start() -> None:
-    state = connected()
+def test_large_creates_have_streams_apart_from_the_start(state: WatchState) -> None:
     live = Opened(b"live")
     state.open(live)
     large = [Opened(b"k" * LARGE_CREATE_BYTES + b"%d" % number) for number in range(STREAMS_MAX[StreamKind.LARGE] + 1)]
@@ -176,8 +172,7 @@ def test_large_creates_have_streams_apart_from_the_start() -> None:
     assert {stream.kind for stream in streams} == {StreamKind.LARGE}
 
 
-def test_watches_that_catch_up_have_separate_streams() -> None:
-    state = connected()
+def test_watches_that_catch_up_have_separate_streams(state: WatchState) -> None:
     live = Opened(b"live")
     state.open(live)
     past = [Opened(b"%d" % number, start_revision=3) for number in range(2 * STREAMS_MAX[StreamKind.CATCH_UP])]
@@ -189,8 +184,7 @@ def test_watches_that_catch_up_have_separate_streams() -> None:
     assert len(set(map(id, streams))) == STREAMS_MAX[StreamKind.CATCH_UP]
 
 
-def test_a_token_that_ends_its_stream_is_given_up_for_others() -> None:
-    state = connected()
+def test_a_token_that_ends_its_stream_is_given_up_for_others(state: WatchState) -> None:
     mine = Opened(b"mine", token=b"me")
     state.open(mine)
     state.over(stream_of(state, mine), StreamEndAction.APART, 13, "reset")

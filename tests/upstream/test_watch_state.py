@@ -18,6 +18,11 @@ def connected(revision: int = 10) -> WatchState:
     return state
 
 
+@pytest.fixture(name="state")
+def connected_by_default() -> WatchState:
+    return connected()
+
+
 def stream_of(state: WatchState, watch: OpenedWatch) -> WatchStream:
     registration = state.registration(watch)
     assert registration is not None
@@ -34,8 +39,7 @@ def live(state: WatchState, *watches: Opened, at: int = 10) -> WatchStream:
     return stream_of(state, watches[0])
 
 
-def test_a_watch_from_now_lives() -> None:
-    state = connected()
+def test_a_watch_from_now_lives(state: WatchState) -> None:
     a = Opened(b"a")
     assert in_words(state.open(a)) == ["open stream", "create a from 0"]
     stream = stream_of(state, a)
@@ -60,16 +64,14 @@ def test_watches_opened_before_the_connection_register_with_it() -> None:
     ]
 
 
-def test_opening_twice_is_refused() -> None:
-    state = connected()
+def test_opening_twice_is_refused(state: WatchState) -> None:
     a = Opened()
     state.open(a)
     with pytest.raises(ValueError, match="open already"):
         state.open(a)
 
 
-def test_created_belongs_to_the_oldest_create_for_any_id() -> None:
-    state = connected()
+def test_created_belongs_to_the_oldest_create_for_any_id(state: WatchState) -> None:
     a, b, c = Opened(b"a"), Opened(b"b"), Opened(b"c")
     for watch in (a, b, c):
         state.open(watch)
@@ -102,8 +104,7 @@ def test_created_belongs_to_the_oldest_create_for_any_id() -> None:
         ("mvcc: watcher range is empty", 3, None),
     ],
 )
-def test_a_refusal_carries_status_and_text(reason: str, status: int, text: str | None) -> None:
-    state = connected()
+def test_a_refusal_carries_status_and_text(reason: str, status: int, text: str | None, state: WatchState) -> None:
     a = Opened(b"a")
     state.open(a)
     stream = stream_of(state, a)
@@ -112,8 +113,7 @@ def test_a_refusal_carries_status_and_text(reason: str, status: int, text: str |
     assert in_words(effects) == ["at 10", "close stream", f"a lost: {status} {text or reason}"]
 
 
-def test_watch_closed_before_created_is_cancelled_by_its_id() -> None:
-    state = connected()
+def test_watch_closed_before_created_is_cancelled_by_its_id(state: WatchState) -> None:
     a, b = Opened(b"a"), Opened(b"b")
     state.open(a)
     state.open(b)
@@ -126,8 +126,7 @@ def test_watch_closed_before_created_is_cancelled_by_its_id() -> None:
     assert stream.canceled_ids == set()
 
 
-def test_refusal_of_a_closed_watch_is_not_reported() -> None:
-    state = connected()
+def test_refusal_of_a_closed_watch_is_not_reported(state: WatchState) -> None:
     a, b = Opened(b"a"), Opened(b"b")
     state.open(a)
     state.open(b)
@@ -136,8 +135,7 @@ def test_refusal_of_a_closed_watch_is_not_reported() -> None:
     assert state.received(stream, answer(-1, 10, created=True, canceled=True, cancel_reason=GO_PERMISSION)) == []
 
 
-def test_events_of_cancelled_ids_are_dropped_until_the_answer() -> None:
-    state = connected()
+def test_events_of_cancelled_ids_are_dropped_until_the_answer(state: WatchState) -> None:
     a, b = Opened(b"a"), Opened(b"b")
     stream = live(state, a, b)
     assert in_words(state.close(a)) == ["cancel 0"]
@@ -151,16 +149,14 @@ def test_events_of_cancelled_ids_are_dropped_until_the_answer() -> None:
     assert in_words(state.received(stream, answer(1, 12, [12]))) == ["b got 12"]
 
 
-def test_unknown_id_is_cancelled_once() -> None:
-    state = connected()
+def test_unknown_id_is_cancelled_once(state: WatchState) -> None:
     stream = live(state, Opened(b"a"))
     assert in_words(state.received(stream, answer(99, 11, [11]))) == ["cancel 99", "at 11"]
     assert in_words(state.received(stream, answer(99, 12, [12]))) == ["at 12"]
     assert in_words(state.received(stream, answer(50, 12, canceled=True))) == ["at 12"]
 
 
-def test_a_break_resumes_each_from_its_position() -> None:
-    state = connected()
+def test_a_break_resumes_each_from_its_position(state: WatchState) -> None:
     fresh, quiet, busy = Opened(b"fresh"), Opened(b"quiet"), Opened(b"busy", start_revision=3)
     stream = live(state, fresh, quiet, busy)
     state.received(stream_of(state, busy), answer(2, 10, [4, 6]))
@@ -242,8 +238,7 @@ def test_an_event_at_the_revision_of_created_is_passed_on() -> None:
     assert registration.next_revision == 12
 
 
-def test_fragments_become_whole_revisions() -> None:
-    state = connected()
+def test_fragments_become_whole_revisions(state: WatchState) -> None:
     stream = live(state, Opened(b"a", start_revision=1))
     run = [([1, 2], True), ([2, 3, 3], True), ([3], True), ([3], True), ([3, 4], True), ([5], False)]
     got = [in_words(state.received(stream, answer(0, 10, events, fragment=more))) for events, more in run]
@@ -251,8 +246,7 @@ def test_fragments_become_whole_revisions() -> None:
     assert in_words(state.received(stream, answer(0, 11, [11]))) == ["a got 11"]
 
 
-def test_a_revision_in_fragments_is_one_response() -> None:
-    state = connected()
+def test_a_revision_in_fragments_is_one_response(state: WatchState) -> None:
     stream = live(state, Opened(b"a"), Opened(b"b"))
     assert state.received(stream, answer(0, 11, [11, 11], fragment=True)) == []
     assert state.received(stream, answer(0, 11, [11], fragment=True)) == []
@@ -261,8 +255,7 @@ def test_a_revision_in_fragments_is_one_response() -> None:
     assert in_words(state.received(stream, answer(0, 11, [11], fragment=False))) == ["a got 11 11 11 11"]
 
 
-def test_half_a_run_is_dropped_at_a_break() -> None:
-    state = connected()
+def test_half_a_run_is_dropped_at_a_break(state: WatchState) -> None:
     a = Opened(b"a", start_revision=1)
     stream = live(state, a)
     assert in_words(state.received(stream, answer(0, 10, [1, 2, 2], fragment=True))) == ["a got 1 and more"]
@@ -273,8 +266,7 @@ def test_half_a_run_is_dropped_at_a_break() -> None:
     assert in_words(state.received(stream, answer(0, 10, [2, 2, 2]))) == ["a got 2 2 2"]
 
 
-def test_half_a_run_of_a_closed_watch_leaves_nothing() -> None:
-    state = connected()
+def test_half_a_run_of_a_closed_watch_leaves_nothing(state: WatchState) -> None:
     a, b = Opened(b"a"), Opened(b"b")
     stream = live(state, a, b)
     state.received(stream, answer(0, 11, [11, 11], fragment=True))
@@ -283,8 +275,7 @@ def test_half_a_run_of_a_closed_watch_leaves_nothing() -> None:
     assert in_words(state.received(stream, answer(0, 11, [11]))) == ["at 11"]
 
 
-def test_compaction_ends_a_watch_and_frees_its_id_upstream() -> None:
-    state = connected()
+def test_compaction_ends_a_watch_and_frees_its_id_upstream(state: WatchState) -> None:
     a, b = Opened(b"a"), Opened(b"b")
     stream = live(state, a, b)
     cancel = answer(0, 0, canceled=True, compact_revision=12)
@@ -314,8 +305,7 @@ def test_compaction_of_unneeded_revisions_is_not_passed_on() -> None:
     assert in_words(state.received(stream, answer(1, 61, [60, 61]))) == ["a got 60 61"]
 
 
-def test_a_cancel_without_a_reason_is_a_loss() -> None:
-    state = connected()
+def test_a_cancel_without_a_reason_is_a_loss(state: WatchState) -> None:
     stream = live(state, Opened(b"a"), Opened(b"b"))
     assert in_words(state.received(stream, answer(0, 11, canceled=True))) == [
         "at 11",
@@ -323,8 +313,7 @@ def test_a_cancel_without_a_reason_is_a_loss() -> None:
     ]
 
 
-def test_bookmarks_never_move_the_position_back() -> None:
-    state = connected()
+def test_bookmarks_never_move_the_position_back(state: WatchState) -> None:
     a = Opened(b"a")
     stream = live(state, a)
     assert in_words(state.received(stream, answer(0, 15))) == ["a bookmark 15"]
@@ -334,8 +323,7 @@ def test_bookmarks_never_move_the_position_back() -> None:
     assert in_words(state.connect(True, 20)) == ["open stream", "create a from 16"]
 
 
-def test_streams_by_token_and_a_stream_for_each_backfill() -> None:
-    state = connected()
+def test_streams_by_token_and_a_stream_for_each_backfill(state: WatchState) -> None:
     plain, other, mine = Opened(b"plain"), Opened(b"other"), Opened(b"mine", token=b"me")
     fill = Opened(b"fill", start_revision=2, is_backfill=True)
     assert in_words(state.open(plain)) == ["open stream", "create plain from 0"]
@@ -349,8 +337,7 @@ def test_streams_by_token_and_a_stream_for_each_backfill() -> None:
     assert "open stream for you" in in_words(state.connect(True, 10))
 
 
-def test_a_paused_backfill_stays_paused_over_a_break() -> None:
-    state = connected()
+def test_a_paused_backfill_stays_paused_over_a_break(state: WatchState) -> None:
     fill = Opened(b"fill", start_revision=2, is_backfill=True)
     state.open(fill)
     state.pause(fill)
@@ -365,8 +352,7 @@ def test_a_paused_backfill_stays_paused_over_a_break() -> None:
         state.pause(Opened())
 
 
-def test_a_stream_that_ended_is_registered_again_alone() -> None:
-    state = connected()
+def test_a_stream_that_ended_is_registered_again_alone(state: WatchState) -> None:
     a, mine = Opened(b"a"), Opened(b"mine", token=b"me")
     live(state, a)
     state.open(mine)
@@ -375,8 +361,7 @@ def test_a_stream_that_ended_is_registered_again_alone() -> None:
     assert state.register() == []
 
 
-def test_a_stream_that_was_refused_loses_its_watches() -> None:
-    state = connected()
+def test_a_stream_that_was_refused_loses_its_watches(state: WatchState) -> None:
     a, b, mine = Opened(b"a"), Opened(b"b"), Opened(b"mine", token=b"me")
     stream = live(state, a, b)
     state.open(mine)
@@ -391,8 +376,7 @@ def test_a_stream_that_was_refused_loses_its_watches() -> None:
 # Progress.
 
 
-def test_progress_answer_proves_watches_live_at_the_request() -> None:
-    state = connected()
+def test_progress_answer_proves_watches_live_at_the_request(state: WatchState) -> None:
     a, b = Opened(b"a"), Opened(b"b")
     stream = live(state, a, b)
     assert in_words(state.request_progress(1)) == ["progress?"]
@@ -413,8 +397,7 @@ def test_progress_answer_proves_watches_live_at_the_request() -> None:
     ]
 
 
-def test_a_request_waits_for_the_creates_before_it() -> None:
-    state = connected()
+def test_a_request_waits_for_the_creates_before_it(state: WatchState) -> None:
     a, b, c = Opened(b"a"), Opened(b"b"), Opened(b"c")
     state.open(a)
     state.open(b)
@@ -429,8 +412,7 @@ def test_a_request_waits_for_the_creates_before_it() -> None:
     assert in_words(state.received(stream, answer(-1, 10))) == ["a b complete through 10, after 2"]
 
 
-def test_an_answer_that_may_be_for_a_dropped_request_proves_less() -> None:
-    state = connected()
+def test_an_answer_that_may_be_for_a_dropped_request_proves_less(state: WatchState) -> None:
     a = Opened(b"a")
     stream = live(state, a)
     state.request_progress(1)
@@ -445,8 +427,7 @@ def test_an_answer_that_may_be_for_a_dropped_request_proves_less() -> None:
     assert in_words(state.received(stream, answer(-1, 10))) == ["a b complete through 10, after 2"]
 
 
-def test_later_revision_identifies_the_answered_request() -> None:
-    state = connected()
+def test_later_revision_identifies_the_answered_request(state: WatchState) -> None:
     a = Opened(b"a")
     stream = live(state, a)
     for number in range(1, 6):
@@ -464,9 +445,8 @@ def test_later_revision_identifies_the_answered_request() -> None:
     assert in_words(state.request_progress(7)) == ["progress?"]
 
 
-def test_request_after_an_unanswered_one_is_sent_with_a_probe() -> None:
+def test_request_after_an_unanswered_one_is_sent_with_a_probe(state: WatchState) -> None:
     """etcd may have dropped the first: then its revision identifies the answered request, not a count."""
-    state = connected()
     stream = live(state, Opened(b"a"))
     assert in_words(state.request_progress(1)) == ["progress?"]
     assert in_words(state.request_progress(4)) == ["probe", "progress?"]
@@ -481,8 +461,7 @@ def test_request_after_an_unanswered_one_is_sent_with_a_probe() -> None:
     assert in_words(state.received(stream, answer(2, 13, created=True))) == ["cancel 2", "at 13 after 5"]
 
 
-def test_more_answers_than_requests_prove_nothing() -> None:
-    state = connected()
+def test_more_answers_than_requests_prove_nothing(state: WatchState) -> None:
     stream = live(state, Opened(b"a"))
     assert in_words(state.received(stream, answer(-1, 11))) == ["at 11"]
     state.request_progress(1)
@@ -490,8 +469,7 @@ def test_more_answers_than_requests_prove_nothing() -> None:
     assert in_words(state.received(stream, answer(-1, 11))) == ["at 11"]
 
 
-def test_progress_is_requested_on_all_but_paused_streams() -> None:
-    state = connected()
+def test_progress_is_requested_on_all_but_paused_streams(state: WatchState) -> None:
     a, mine = Opened(b"a"), Opened(b"mine", token=b"me")
     fill = Opened(b"fill", start_revision=2, is_backfill=True)
     live(state, a)
@@ -502,8 +480,7 @@ def test_progress_is_requested_on_all_but_paused_streams() -> None:
     assert in_words(state.request_progress(2)) == ["probe", "progress?"] * 2
 
 
-def test_progress_is_requested_only_on_streams_of_the_watches() -> None:
-    state = connected()
+def test_progress_is_requested_only_on_streams_of_the_watches(state: WatchState) -> None:
     shared, also, mine, other = Opened(b"a"), Opened(b"b"), Opened(b"mine", token=b"me"), Opened(b"o", token=b"other")
     stream = live(state, shared, also)
     live(state, mine)

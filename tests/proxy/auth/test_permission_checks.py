@@ -100,8 +100,12 @@ class Rig:
         return [[key for key, _ in call.ranges] for call in self.calls]
 
 
-def test_equal_checks_before_the_call_share_it() -> None:
-    rig = Rig()
+@pytest.fixture
+def rig() -> Rig:
+    return Rig()
+
+
+def test_equal_checks_before_the_call_share_it(rig: Rig) -> None:
     rig.ask(b"first")
     for _ in range(3):
         rig.ask(b"k")
@@ -112,8 +116,7 @@ def test_equal_checks_before_the_call_share_it() -> None:
     assert (rig.sent, rig.checks.waiting) == (2, 0)
 
 
-def test_an_equal_check_after_the_call_waits_for_the_next() -> None:
-    rig = Rig()
+def test_an_equal_check_after_the_call_waits_for_the_next(rig: Rig) -> None:
     rig.ask(b"k")
     rig.ask(b"k")
     assert rig.asked() == [[b"k"]]
@@ -124,8 +127,7 @@ def test_an_equal_check_after_the_call_waits_for_the_next() -> None:
     assert rig.told == [(b"k", "yes")] * 2
 
 
-def test_one_call_checks_many_ranges_of_a_token() -> None:
-    rig = Rig()
+def test_one_call_checks_many_ranges_of_a_token(rig: Rig) -> None:
     for number in range(1 + RANGES_MAX + 1):
         rig.ask(b"%d" % number)
     rig.granted()
@@ -137,8 +139,7 @@ def test_one_call_checks_many_ranges_of_a_token() -> None:
     assert rig.sent == 3
 
 
-def test_many_checks_of_a_granted_token_use_several_calls() -> None:
-    rig = Rig()
+def test_many_checks_of_a_granted_token_use_several_calls(rig: Rig) -> None:
     rig.ask(b"first")
     for number in range(10 * RANGES_MAX):
         rig.ask(b"%d" % number)
@@ -155,8 +156,7 @@ def test_many_checks_of_a_granted_token_use_several_calls() -> None:
     assert not rig.checks._lines
 
 
-def test_sessions_of_one_token_take_turns() -> None:
-    rig = Rig()
+def test_sessions_of_one_token_take_turns(rig: Rig) -> None:
     greedy, modest = Session(), Session()
     rig.ask(b"first", greedy)
     for number in range(1000):
@@ -166,8 +166,7 @@ def test_sessions_of_one_token_take_turns() -> None:
     assert b"modest" in rig.asked()[0][:2]
 
 
-def test_a_large_range_is_checked_alone() -> None:
-    rig = Rig()
+def test_a_large_range_is_checked_alone(rig: Rig) -> None:
     rig.ask(b"first")
     rig.ask(b"small")
     rig.ask(b"x" * RANGE_BYTES_MAX)
@@ -215,8 +214,7 @@ def test_made_up_tokens_leave_slots_for_granted_tokens() -> None:
     assert len(rig.calls) == 2
 
 
-def test_an_invalid_token_refuses_all_earlier_checks() -> None:
-    rig = Rig()
+def test_an_invalid_token_refuses_all_earlier_checks(rig: Rig) -> None:
     rig.ask(b"first")
     rig.failed((14, "connection refused"))
     for number in range(1000):
@@ -232,8 +230,7 @@ def test_an_invalid_token_refuses_all_earlier_checks() -> None:
 
 
 @pytest.mark.parametrize("bad", [1, 3])
-def test_a_refused_range_is_found_among_the_others(bad: int) -> None:
-    rig = Rig()
+def test_a_refused_range_is_found_among_the_others(bad: int, rig: Rig) -> None:
     rig.ask(b"first")
     for number in range(RANGES_MAX):
         rig.ask(b"%d" % number)
@@ -249,8 +246,7 @@ def test_a_refused_range_is_found_among_the_others(bad: int) -> None:
     assert rig.sent <= 2 + bad * 14
 
 
-def test_a_key_too_large_ends_its_own_session() -> None:
-    rig = Rig()
+def test_a_key_too_large_ends_its_own_session(rig: Rig) -> None:
     culprit = Session()
     rig.ask(b"first")
     rig.ask(b"small")
@@ -265,8 +261,7 @@ def test_a_key_too_large_ends_its_own_session() -> None:
     assert rig.told == [(b"first", "yes"), (b"small", "yes")]
 
 
-def test_unclear_failures_are_split_and_given_up() -> None:
-    rig = Rig()
+def test_unclear_failures_are_split_and_given_up(rig: Rig) -> None:
     culprit = Session()
     rig.ask(b"first")
     rig.ask(b"poison", culprit)
@@ -319,8 +314,7 @@ def test_a_token_whose_checks_time_out_loses_its_slot() -> None:
     assert len(rig.calls) == 2
 
 
-def test_a_change_of_users_during_a_call_is_retried_once() -> None:
-    rig = Rig()
+def test_a_change_of_users_during_a_call_is_retried_once(rig: Rig) -> None:
     rig.ask(b"k")
     rig.failed((3, OLD_AUTH_REVISION))
     assert rig.told == []
@@ -332,8 +326,7 @@ def test_a_change_of_users_during_a_call_is_retried_once() -> None:
     assert rig.told == [(b"k", "yes"), (b"k", "no")]
 
 
-def test_calls_shrink_to_etcds_limit_of_operations() -> None:
-    rig = Rig()
+def test_calls_shrink_to_etcds_limit_of_operations(rig: Rig) -> None:
     rig.ask(b"first")
     for number in range(200):
         rig.ask(b"%d" % number)
@@ -350,8 +343,7 @@ def test_calls_shrink_to_etcds_limit_of_operations() -> None:
     assert sizes.count(64) == 2
 
 
-def test_checks_of_closed_sessions_are_dropped() -> None:
-    rig = Rig()
+def test_checks_of_closed_sessions_are_dropped(rig: Rig) -> None:
     session = Session()
     rig.ask(b"first")
     for number in range(10):
@@ -364,8 +356,7 @@ def test_checks_of_closed_sessions_are_dropped() -> None:
     assert rig.asked() == [[b"k"]]
 
 
-def test_refusals_use_etcds_wording() -> None:
-    rig = Rig()
+def test_refusals_use_etcds_wording(rig: Rig) -> None:
     rig.ask(b"k")
     (effect,) = rig.checks.failed(rig.batch(rig.calls.pop()), *DENIED)
     assert isinstance(effect, AnswerCheck)

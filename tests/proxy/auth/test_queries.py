@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from coalesce.inputs import Identity
 from proto.etcd_errors import NO_LEADER
 from proto.framing import Status
@@ -22,6 +24,11 @@ from proxy.auth.model import (
 )
 from proxy.auth.queries import Queries, RevisionRead
 from proxy.auth.restore import ANY_KEY, AuthScope
+
+
+@pytest.fixture
+def queries() -> Queries:
+    return Queries(1.0)
 
 
 def at(revision: int) -> Header:
@@ -45,8 +52,7 @@ def begun(queries: Queries, effects: list[QueryEffect], known: int) -> AuthCall:
     return effect.call
 
 
-def test_a_read_that_began_before_a_restore_is_repeated() -> None:
-    queries = Queries(1.0)
+def test_a_read_that_began_before_a_restore_is_repeated(queries: Queries) -> None:
     early = begun(queries, queries.read(waiting(b"t")), 10)
     late = begun(queries, queries.read(waiting(b"t")), 10)
     assert [type(effect) for effect in queries.answered(early, at(5))] == [RevisionRegressed, AnswerRead]
@@ -72,8 +78,7 @@ def test_auth_off_is_remembered_for_probe_age_s_max() -> None:
     assert [type(effect) for effect in check(11.001)] == [SendCall]
 
 
-def test_a_refused_session_is_closed_and_the_next_token_used() -> None:
-    queries = Queries(1.0)
+def test_a_refused_session_is_closed_and_the_next_token_used(queries: Queries) -> None:
     queries.auth_on = True
     now = waiting(b"old", b"good")
     call = begun(queries, queries.read(now), 0)
@@ -84,8 +89,7 @@ def test_a_refused_session_is_closed_and_the_next_token_used() -> None:
     assert ask.call.token == b"good"
 
 
-def test_without_a_leader_a_read_is_serializable_once() -> None:
-    queries = Queries(1.0)
+def test_without_a_leader_a_read_is_serializable_once(queries: Queries) -> None:
     call = begun(queries, queries.read(waiting(b"t")), 0)
     # One endpoint without a leader is not enough: another may have one.
     assert queries.failed(call, Status.UNAVAILABLE, NO_LEADER) == [SendCall(call, later=True)]
@@ -98,16 +102,14 @@ def test_without_a_leader_a_read_is_serializable_once() -> None:
     assert again.linearizable
 
 
-def test_with_auth_off_now_needs_no_clients_key() -> None:
-    queries = Queries(1.0)
+def test_with_auth_off_now_needs_no_clients_key(queries: Queries) -> None:
     now = waiting(b"t")
     next(iter(now.read.waiting)).key = b"x" * (2 << 20)
     call = begun(queries, queries.read(now), 0)
     assert (call.token, call.ranges) == (None, ((ANY_KEY, b""),))
 
 
-def test_a_read_refused_for_a_key_continues_with_the_next() -> None:
-    queries = Queries(1.0)
+def test_a_read_refused_for_a_key_continues_with_the_next(queries: Queries) -> None:
     queries.auth_on = True
     call = begun(queries, queries.read(waiting(b"poison", b"good")), 0)
     text = "grpc: received message larger than max (2 vs. 1)"
@@ -118,8 +120,7 @@ def test_a_read_refused_for_a_key_continues_with_the_next() -> None:
     assert ask.call.token == b"good"
 
 
-def test_an_invalid_token_disconnects_all_its_sessions() -> None:
-    queries = Queries(1.0)
+def test_an_invalid_token_disconnects_all_its_sessions(queries: Queries) -> None:
     queries.auth_on = True
     call = begun(queries, queries.read(waiting(b"old", b"old", b"good", b"old")), 0)
     *away, ask = queries.failed(call, Status.UNAUTHENTICATED, "etcdserver: invalid auth token")
@@ -128,8 +129,7 @@ def test_an_invalid_token_disconnects_all_its_sessions() -> None:
     assert ask.call.token == b"good"
 
 
-def test_without_a_leader_now_is_at_least_the_known_revision() -> None:
-    queries = Queries(1.0)
+def test_without_a_leader_now_is_at_least_the_known_revision(queries: Queries) -> None:
     call = begun(queries, queries.read(waiting(b"t")), 10)
     begun(queries, queries.failed(call, Status.UNAVAILABLE, NO_LEADER, leaderless=True), 10)
     (told,) = queries.answered(call, at(7))
@@ -137,8 +137,7 @@ def test_without_a_leader_now_is_at_least_the_known_revision() -> None:
     assert told.header.revision == 10
 
 
-def test_without_a_leader_no_permission_is_granted() -> None:
-    queries = Queries(1.0)
+def test_without_a_leader_no_permission_is_granted(queries: Queries) -> None:
     queries.auth_on = True
     call = begun(queries, queries.check(PermissionCheck(AuthScope(b"t", b"a", b"")), 0.0), 0)
     (again,) = queries.failed(call, Status.UNAVAILABLE, NO_LEADER, leaderless=True)
@@ -146,8 +145,7 @@ def test_without_a_leader_no_permission_is_granted() -> None:
     assert call.linearizable
 
 
-def test_auth_stays_on_without_a_linearizable_probe() -> None:
-    queries = Queries(1.0)
+def test_auth_stays_on_without_a_linearizable_probe(queries: Queries) -> None:
     queries.auth_on = True
     call = begun(queries, queries.check(PermissionCheck(AuthScope(None, b"a", b"")), 0.0), 0)
     begun(queries, queries.failed(call, Status.UNAVAILABLE, NO_LEADER, leaderless=True), 0)
@@ -170,8 +168,7 @@ def let_in(queries: Queries, session: Session, key: bytes, when: float) -> list[
     return queries.check(PermissionCheck(AuthScope(session.identity.token, key), create), when)
 
 
-def test_when_auth_turns_on_recent_sessions_are_checked() -> None:
-    queries = Queries(1.0)
+def test_when_auth_turns_on_recent_sessions_are_checked(queries: Queries) -> None:
     early, plain, known, gone = Session(None), Session(None), Session(b"t"), Session(None)
     probe = begun(queries, let_in(queries, early, b"a", 0.0), 0)
     queries.answered(probe, at(5))

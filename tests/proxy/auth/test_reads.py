@@ -186,8 +186,12 @@ def reader_on(pool: ScriptedPool, settings: ReaderSettings | None = None) -> tup
     return reader, seen
 
 
-async def test_a_read_is_linearizable_and_requires_a_leader() -> None:
-    pool = ScriptedPool()
+@pytest.fixture
+def pool() -> ScriptedPool:
+    return ScriptedPool()
+
+
+async def test_a_read_is_linearizable_and_requires_a_leader(pool: ScriptedPool) -> None:
     reader, seen = reader_on(pool)
     reader.read(now(FakeSession()))
     asked = await pool.count(1)
@@ -201,8 +205,7 @@ async def test_a_read_is_linearizable_and_requires_a_leader() -> None:
     assert (header.revision, header.cluster_id, header.member_id, header.raft_term) == (42, 1, 2, 3)
 
 
-async def test_a_serializable_read_does_not_report_a_rollback() -> None:
-    pool = ScriptedPool()
+async def test_a_serializable_read_does_not_report_a_rollback(pool: ScriptedPool) -> None:
     pool.auto = lambda asked: 7 if asked.range.serializable else CallFailed(Status.UNAVAILABLE, NO_LEADER)
     reader, seen = reader_on(pool)
     seen.newest_revision = 9
@@ -215,8 +218,7 @@ async def test_a_serializable_read_does_not_report_a_rollback() -> None:
     assert [(asked.range.serializable, asked.has_leader) for asked in pool.asked] == [(False, True), (True, False)]
 
 
-async def test_a_rollback_is_reported_before_the_read_is_answered() -> None:
-    pool = ScriptedPool()
+async def test_a_rollback_is_reported_before_the_read_is_answered(pool: ScriptedPool) -> None:
     pool.auto = lambda _: 7
     reader, seen = reader_on(pool)
     seen.newest_revision = 9
@@ -227,8 +229,7 @@ async def test_a_rollback_is_reported_before_the_read_is_answered() -> None:
     assert reported == [[7]]
 
 
-async def test_a_read_is_retried_until_it_succeeds() -> None:
-    pool = ScriptedPool()
+async def test_a_read_is_retried_until_it_succeeds(pool: ScriptedPool) -> None:
     failures = [CallFailed(Status.UNAVAILABLE, "gone"), CallFailed(Status.DEADLINE_EXCEEDED, "slow")]
     pool.auto = lambda _: failures.pop(0) if failures else 9
     reader, seen = reader_on(pool)
@@ -239,8 +240,7 @@ async def test_a_read_is_retried_until_it_succeeds() -> None:
 
 
 @pytest.mark.parametrize("tokens", [[b"bad", b"good"], [b"bad", b"bad"]])
-async def test_a_refused_read_is_retried_with_another_token(tokens: list[bytes]) -> None:
-    pool = ScriptedPool()
+async def test_a_refused_read_is_retried_with_another_token(tokens: list[bytes], pool: ScriptedPool) -> None:
     pool.auto = lambda call: 5 if call.token == b"good" else DENIED
     reader, seen = reader_on(pool)
     reader.queries.auth_on = True
@@ -252,8 +252,7 @@ async def test_a_refused_read_is_retried_with_another_token(tokens: list[bytes])
     assert (pool.asked[-1].range.key, pool.asked[-1].range.range_end) == (b"k", b"l")
 
 
-async def test_a_read_without_permission_is_not_linearizable() -> None:
-    pool = ScriptedPool()
+async def test_a_read_without_permission_is_not_linearizable(pool: ScriptedPool) -> None:
     pool.auto = lambda call: 3 if not call.range.key else DENIED
     reader, seen = reader_on(pool)
     reader.queries.auth_on = True
@@ -275,8 +274,7 @@ async def test_with_a_cn_the_probe_is_first_an_invalid_login() -> None:
         assert len(pool.asked) == (0 if refused else 1)
 
 
-async def test_with_auth_off_one_probe_serves_all() -> None:
-    pool = ScriptedPool()
+async def test_with_auth_off_one_probe_serves_all(pool: ScriptedPool) -> None:
     reader, seen = reader_on(pool)
     reader.check(check_of(None, b"a"))
     asked = await pool.count(1)
@@ -290,8 +288,7 @@ async def test_with_auth_off_one_probe_serves_all() -> None:
     assert not reader.queries.auth_on
 
 
-async def test_a_probe_expires() -> None:
-    pool = ScriptedPool()
+async def test_a_probe_expires(pool: ScriptedPool) -> None:
     pool.auto = lambda _: 5
     reader, seen = reader_on(pool, ReaderSettings(probe_age_s_max=-1.0))
     for count in (1, 2):
@@ -301,8 +298,7 @@ async def test_a_probe_expires() -> None:
     assert len(pool.asked) == 2
 
 
-async def test_with_auth_on_each_client_is_checked_by_its_token() -> None:
-    pool = ScriptedPool()
+async def test_with_auth_on_each_client_is_checked_by_its_token(pool: ScriptedPool) -> None:
     verdicts: dict[bytes | None, int | CallFailed] = {None: EMPTY, b"good": 8, b"bad": DENIED}
     pool.auto = lambda asked: verdicts[asked.token]
     reader, seen = reader_on(pool)
@@ -325,8 +321,7 @@ async def test_with_auth_on_each_client_is_checked_by_its_token() -> None:
     assert len(pool.asked) == before + 1
 
 
-async def test_switching_auth_off_is_noticed() -> None:
-    pool = ScriptedPool()
+async def test_switching_auth_off_is_noticed(pool: ScriptedPool) -> None:
     answers: list[int | CallFailed] = [EMPTY, 6]
     pool.auto = lambda _: answers.pop(0)
     reader, seen = reader_on(pool)
@@ -339,8 +334,7 @@ async def test_switching_auth_off_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("auth_on", [False, True])
-async def test_checks_of_closed_sessions_are_not_retried(auth_on: bool) -> None:
-    pool = ScriptedPool()
+async def test_checks_of_closed_sessions_are_not_retried(auth_on: bool, pool: ScriptedPool) -> None:
     pool.auto = lambda _: CallFailed(Status.UNAVAILABLE, "gone")
     reader, seen = reader_on(pool)
     reader.queries.auth_on = auth_on
@@ -357,8 +351,7 @@ async def test_checks_of_closed_sessions_are_not_retried(auth_on: bool) -> None:
     assert len(seen.got) == 1
 
 
-async def test_stop_aborts_all_calls() -> None:
-    pool = ScriptedPool()
+async def test_stop_aborts_all_calls(pool: ScriptedPool) -> None:
     reader, seen = reader_on(pool)
     reader.read(now(FakeSession()))
     await pool.count(1)
