@@ -15,7 +15,7 @@ from proxy import logs
 from proxy.listening.calls import CallRefusal
 from proxy.passthrough.expiry import deadline_exceeded
 from proxy.passthrough.settings import PassthroughSettings, PassthroughStats
-from proxy.passthrough.waiting import NO_CONNECTION, WaitingCalls, wait_until
+from proxy.passthrough.waiting import NO_CONNECTION, WaitingCalls, check_again, wait_until
 from upstream.connection import ClientConnection
 from upstream.expiry import ExpiryTimer
 from upstream.pool import Pool
@@ -71,12 +71,11 @@ class HeldCalls:
         now, settings = _now(), self.settings
         if len(self._calls) >= settings.waiting_max:
             raise self._refusal("too many calls wait for an etcd", "waiting_max")
-        connected = self._connected
-        if not connected and not settings.call_wait_s:
+        if not settings.call_wait_s and not self._pool.connected:
             raise self._refusal(self._problem, "call_wait_s")
         size = call.wait()
-        until = wait_until(now, call.deadline, settings.call_wait_s, repeated=call.repeated, connected=connected)
-        self._calls.add(call, until)
+        # The pool may report an etcd as connected whose connection has just been lost, so `_expire` asks it again.
+        self._calls.add(call, wait_until(now, call.deadline, settings.call_wait_s, repeated=call.repeated))
         try:
             self.grow(call, size)
         except CallRefusal:
@@ -125,10 +124,6 @@ class HeldCalls:
         return True
 
     @property
-    def _connected(self) -> bool:
-        return self._pool.connected
-
-    @property
     def _problem(self) -> str:
         down = self._pool.down
         return f"no etcd can be reached: {down}" if down is not None else "not connected to etcd yet"
@@ -142,7 +137,7 @@ class HeldCalls:
 
     def _expire(self) -> None:
         """Refuse calls that have waited too long, unless etcd can be reached and they wait for a free stream."""
-        now, connected = _now(), self._connected
+        now, connected, wait_s = _now(), self._pool.connected, self.settings.call_wait_s
         for _ in range(TURN_CALLS_MAX):
             call = self._calls.expired(now)
             if call is None:
@@ -150,7 +145,7 @@ class HeldCalls:
             if self._is_late(call):
                 continue
             if connected:
-                self._calls.add(call, wait_until(now, call.deadline, self.settings.call_wait_s, connected=True))
+                self._calls.add(call, check_again(now, call.deadline, wait_s, repeated=call.repeated))
             else:
                 call.refuse(self._refusal(self._problem, "call_wait_s"))
         self._timer.set(self._calls.next_expiry)

@@ -25,26 +25,31 @@ REPEATED_SHARE: Final = 1 / 3
 """The share of the time until its deadline for which a call waits while no etcd can be reached, if its client retries
 it: about ten tries, every second of them at the other one of two proxies."""
 
-FULL_WAIT_MIN_S: Final = 1.0
-"""Minimum interval for checking a call that waits for a free stream while etcd can be reached."""
+CHECK_INTERVAL_MIN_S: Final = 0.2
+"""Minimum interval for checking again a call that waits although etcd is connected (no stream is free)."""
 
 _DEAD_MIN: Final = 64
 
 Call = TypeVar("Call")
 
 
-def wait_until(
-    now: float, deadline: float | None, call_wait_s: float, *, repeated: bool = False, connected: bool = False
-) -> float:
-    """Return when a call that starts to wait at `now` is checked again; `deadline`: the call's, None: it has none.
+def wait_until(now: float, deadline: float | None, call_wait_s: float, *, repeated: bool = False) -> float:
+    """Return until when a call waits without an etcd; `deadline`: the call's, None: it has none.
 
-    `repeated`: its client retries it at another endpoint. `connected`: etcd can be reached but has no free stream; then
-    only the deadline ends the wait.
+    `repeated`: its client retries it at another endpoint.
     """
     until = float("inf") if deadline is None else deadline
-    if connected:
-        return min(until, now + max(call_wait_s, FULL_WAIT_MIN_S))
     return min(now + call_wait_s, now + (until - now) * REPEATED_SHARE if repeated else until)
+
+
+def check_again(now: float, deadline: float | None, call_wait_s: float, *, repeated: bool = False) -> float:
+    """Return when a call whose wait has expired is checked again, because etcd is connected but has no free stream.
+
+    Only the deadline ends this wait. But the connection may be lost meanwhile, and then the call must still be refused
+    in time for the next endpoint.
+    """
+    until = float("inf") if deadline is None else deadline
+    return min(until, max(wait_until(now, deadline, call_wait_s, repeated=repeated), now + CHECK_INTERVAL_MIN_S))
 
 
 class _Entry(Generic[Call]):

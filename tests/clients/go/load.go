@@ -12,6 +12,7 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/peer"
 )
 
 // tally counts the calls of one kind.
@@ -34,18 +35,33 @@ type tallies struct {
 
 type triesKey struct{}
 
+// path is the way of one call: each try with its server, its seconds since the call began, and its end.
+type path struct {
+	sync.Mutex
+	began time.Time
+	tries []string
+}
+
 // counted counts a try of a call; clientv3's own interceptor, which repeats calls, is outside of it.
 func (t *tallies) counted(
 	ctx context.Context, method string, request, reply any, connection *grpc.ClientConn,
 	invoker grpc.UnaryInvoker, options ...grpc.CallOption,
 ) error {
 	t.tries.Add(1)
-	if one, ok := ctx.Value(triesKey{}).(*int64); ok {
-		*one++
-		for most := t.most.Load(); *one > most && !t.most.CompareAndSwap(most, *one); most = t.most.Load() {
-		}
+	one, ok := ctx.Value(triesKey{}).(*path)
+	if !ok {
+		return invoker(ctx, method, request, reply, connection, options...)
 	}
-	return invoker(ctx, method, request, reply, connection, options...)
+	var server peer.Peer
+	from := time.Since(one.began).Seconds()
+	err := invoker(ctx, method, request, reply, connection, append(options, grpc.Peer(&server))...)
+	one.Lock()
+	defer one.Unlock()
+	one.tries = append(one.tries, fmt.Sprintf("%.3f-%.3f %v %v", from, time.Since(one.began).Seconds(), server.Addr, err))
+	most := int64(len(one.tries))
+	for known := t.most.Load(); most > known && !t.most.CompareAndSwap(known, most); known = t.most.Load() {
+	}
+	return err
 }
 
 // call makes one call with a timeout and counts how it ended; a call that the end of the program cuts off is not counted.
@@ -53,15 +69,15 @@ func (t *tallies) call(parent context.Context, kind string, timeout time.Duratio
 	if parent.Err() != nil {
 		return false
 	}
-	ctx := context.WithValue(parent, triesKey{}, new(int64))
+	way := &path{began: time.Now()}
+	ctx := context.WithValue(parent, triesKey{}, way)
 	if timeout > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, timeout)
 		defer cancel()
 	}
-	start := time.Now()
 	err := do(ctx)
-	took := time.Since(start).Seconds()
+	took := time.Since(way.began).Seconds()
 	if err != nil && parent.Err() != nil {
 		return false
 	}
@@ -77,6 +93,7 @@ func (t *tallies) call(parent context.Context, kind string, timeout time.Duratio
 	if err != nil {
 		one.Lost++
 		one.Errors[err.Error()]++
+		report(line{"kind": "lost", "call": kind, "error": err.Error(), "tries": way.tries})
 	}
 	return err == nil
 }

@@ -235,7 +235,7 @@ async def test_many_calls_are_refused_in_turns(monkeypatch: pytest.MonkeyPatch) 
 
 
 async def test_call_waiting_for_a_free_stream_keeps_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deciding, "FULL_WAIT_MIN_S", 0.05)
+    monkeypatch.setattr(deciding, "CHECK_INTERVAL_MIN_S", 0.05)
     async with scripted() as etcd:
         etcd.limits = Http2Limits(max_streams=1)
         etcd.on_message = lambda *_: None
@@ -254,6 +254,26 @@ async def test_call_waiting_for_a_free_stream_keeps_its_deadline(monkeypatch: py
                 assert await first.end() == (0, "")
                 assert await third.end() == (0, "")
                 assert running.passthrough.stats.unavailable == 0
+
+
+@pytest.mark.parametrize("sent", [True, False])
+async def test_call_of_a_lost_connection_leaves_time_for_a_retry(sent: bool) -> None:
+    """A read that was under way when the connection broke, and a call that waited for a free stream."""
+    async with scripted() as etcd:
+        etcd.limits = Http2Limits(max_streams=1)
+        etcd.on_message = lambda *_: None
+        one = UpstreamSettings(connections_per_endpoint_max=1)
+        async with passing(etcd.endpoint, settings=one) as running, connected(running) as client:
+            await until_async(lambda: running.pool.pick(), "the etcd")
+            if not sent:
+                client.call(PUT, end=True)
+                await until_async(lambda: etcd.calls, "the first call")
+            call = client.call(RANGE, [("grpc-timeout", "4500m"), ("client-api-version", "3.5")])
+            call.send(b"", end=True)
+            await until_async(lambda: etcd.calls if sent else running.passthrough.waiting, "the read")
+            etcd.mute = True
+            etcd.drop()
+            assert await call.end() == (Status.UNAVAILABLE, NO_CONNECTION)
 
 
 async def test_read_that_breaks_and_finds_no_etcd_ends_in_trailers() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from proxy.passthrough.waiting import WaitingCalls, wait_until
+from proxy.passthrough.waiting import WaitingCalls, check_again, wait_until
 
 
 def test_calls_are_served_oldest_first() -> None:
@@ -62,6 +62,12 @@ def test_wait_leaves_time_for_the_next_endpoint() -> None:
     # A client that does not retry at the next endpoint needs no time for it.
     assert wait_until(100.0, 103.0, 5.0) == 103.0
     assert wait_until(100.0, None, 5.0) == wait_until(100.0, 106.0, 5.0) == 105.0
-    # If etcd can be reached, another endpoint would be no better.
-    assert wait_until(100.0, 102.0, 5.0, connected=True) == 102.0
-    assert wait_until(100.0, None, 0.0, connected=True) == 101.0
+
+
+def test_call_that_waits_for_a_stream_is_checked_in_time() -> None:
+    """The etcd that is connected may be lost meanwhile: then the call still has time for the next endpoint."""
+    assert check_again(100.0, 103.0, 5.0, repeated=True) == 101.0
+    assert check_again(100.0, 102.0, 5.0) == 102.0
+    # Not all the time.
+    assert check_again(100.0, None, 0.0) == check_again(100.0, 100.3, 5.0, repeated=True) == 100.2
+    assert check_again(100.0, 100.1, 5.0, repeated=True) == 100.1
