@@ -39,6 +39,7 @@ from proto.http2 import (
 )
 from proto.http2.frames import FRAME_HEADER_BYTES
 from upstream.answer_due import AnswerDue
+from upstream.batching import EventBatches
 from upstream.endpoints import Endpoint
 from upstream.errors import Unreachable, closed_early, explain_connect, not_http2
 from upstream.heads import STATUS_OF_RESET, number, status_of
@@ -174,6 +175,7 @@ class ClientConnection(asyncio.Protocol):
         )
         self.http2 = Connection(Role.CLIENT, limits.with_floods_at(settings.useless_frames_max))
         self.answer_due = AnswerDue(self.http2.streams)
+        self.batches = EventBatches(settings.batch_interval_s, loop)
         self._settings = settings
         self._loop = loop
         self._transport: asyncio.Transport | None = None
@@ -197,7 +199,7 @@ class ClientConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start HTTP/2."""
         # A cast: uvloop's transports have no common base class with asyncio's.
-        transport = self._transport = cast("asyncio.Transport", transport)
+        transport = self._transport = self.batches.transport = cast("asyncio.Transport", transport)
         transport.set_write_buffer_limits(self._settings.write_high_bytes, self._settings.write_low_bytes)
         tls = transport.get_extra_info("ssl_object")
         if tls is not None and tls.selected_alpn_protocol() != "h2":
@@ -272,7 +274,7 @@ class ClientConnection(asyncio.Protocol):
                 text = f"the connection was lost ({exc})" if exc is not None else "the server closed the connection"
                 self.failure = Unreachable(self.endpoint.text, text, "check that etcd runs there")
         self._finish()
-        self._transport = None
+        self._transport = self.batches.transport = None
 
     # For the calls.
 

@@ -11,7 +11,7 @@ from proxy.listening.settings import ListenerSettings
 from proxy.passthrough.settings import PassthroughSettings
 from proxy.watch.settings import WatchSettings
 from upstream.credentials import Credentials
-from upstream.settings import ConnectionSettings, UpstreamSettings
+from upstream.settings import HUB_BATCH_INTERVAL_S, ConnectionSettings, UpstreamSettings
 
 REQUEST_OVERHEAD_BYTES: Final = 512 * 1024
 """What etcd accepts beyond --max-request-bytes (server/embed/config.go, grpcOverheadBytes)."""
@@ -47,13 +47,14 @@ def listener_settings(settings: Settings) -> ListenerSettings:
     )
 
 
-def upstream_settings(settings: Settings) -> UpstreamSettings:
-    """Return the upstream side's settings."""
+def upstream_settings(settings: Settings, is_hub: bool = False) -> UpstreamSettings:
+    """Return the upstream side's settings; `is_hub`: of the hub of `--workers`."""
     upstream = settings.upstream
     return UpstreamSettings(
         connection=ConnectionSettings(
             keepalive_s=upstream.dial_keepalive_time_s,
             keepalive_timeout_s=upstream.dial_keepalive_timeout_s,
+            batch_interval_s=HUB_BATCH_INTERVAL_S if is_hub else 0.0,
         ),
         connections_per_endpoint_max=upstream.connections_per_endpoint_max,
     )

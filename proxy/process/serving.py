@@ -40,7 +40,6 @@ from upstream.errors import UpstreamError
 if TYPE_CHECKING:
     from proxy.admin.monitor import Monitor
     from proxy.admin.port import Admin
-    from proxy.listening.sockets import Listening
     from proxy.process.member import ProcessPlace, ReportingProcess
     from upstream.tls import FileContext
 
@@ -92,10 +91,10 @@ def _tls(settings: Settings) -> tuple[FileContext | None, FileContext | None]:
     return inward, outward
 
 
-def proxy_of(settings: Settings, endpoints: list[str], http1: str = "", listening: Listening | None = None) -> Proxy:
+def proxy_of(settings: Settings, endpoints: list[str], http1: str = "", place: ProcessPlace | None = None) -> Proxy:
     """Build the proxy from the settings, in front of `endpoints`. Raises UpstreamError.
 
-    `listening`: sockets that listen already, instead of --listen-addr.
+    `place`: of a process of several, with sockets that listen already, instead of --listen-addr.
     `http1`: the target of HTTP/1 connections, if not `endpoints`: the bundled store has a separate port for them.
     """
     address = parse_listen_address(settings.listener.listen_addr)
@@ -106,10 +105,10 @@ def proxy_of(settings: Settings, endpoints: list[str], http1: str = "", listenin
         host=address.host,
         port=address.port,
         path=address.path,
-        listening=listening,
+        listening=None if place is None else place.listening,
         tls=inward,
         upstream_tls=outward,
-        upstream=upstream_settings(settings),
+        upstream=upstream_settings(settings, is_hub=place is not None and not place.hub),
         listener=listener_settings(settings),
         watch=watch_settings(settings),
         passthrough=passthrough_settings(settings),
@@ -290,7 +289,7 @@ async def _start(
     """Start the proxy; return its listen address and the proxy. Raises Failed."""
     address = parse_listen_address(settings.listener.listen_addr)
     try:
-        proxy = proxy_of(settings, endpoints, http1, None if member is None else member.place.listening)
+        proxy = proxy_of(settings, endpoints, http1, None if member is None else member.place)
         await proxy.start()
     except UpstreamError as error:
         raise Failed(str(error), WRONG_REQUEST) from None

@@ -164,6 +164,7 @@ class UpstreamWatchCall:
     def _take(self, call: UpstreamCall, read: Callable[..., Sequence[WatchResponse]], *data: bytes) -> None:
         """Handle the responses that can be read now, and schedule reading of the rest."""
         stream, owner = self._stream, self._owner
+        has_events = False
         try:
             for response in read(*data):
                 if call.ended:
@@ -171,10 +172,13 @@ class UpstreamWatchCall:
                 if data and self._waits(call, response):
                     continue
                 owner.take(stream, response)
+                has_events = has_events or response.plain
         except FramingError as error:
             self._broken(call, error.code, error.text)
         except ScanError as error:
             self._broken(call, Status.INTERNAL, str(error))
+        if has_events and call.connection.batches.interval_s:
+            call.connection.batches.events_came()
         if self._feed.behind and not self._goes_on and not stream.paused and self.call is not None:
             self._goes_on = True
             self._loop.call_soon(self._go_on)
