@@ -23,6 +23,7 @@ from typing import Any, cast
 import uvloop
 
 from proto.pb import rpc_pb2
+from tests.bench.arrivals import Arrivals
 from tests.bench.caller import PUT, RANGE, connect, drive, stamped
 from tests.bench.cases import CASES, Case, Kind
 from tests.bench.profiles import DATA, GOAWAY, HEADERS, PROFILES, RST_STREAM, frame
@@ -74,10 +75,14 @@ def create_request(case: Case, watch: int, start_revision: int) -> bytes:
 class Client(RawClient):
     """One connection with its streams."""
 
-    def __init__(self, tally: Tally, case: Case) -> None:
+    def __init__(self, tally: Tally, case: Case, arrivals: Arrivals | None = None) -> None:
         super().__init__(PROFILES[case.profile]())
+        self.arrivals = arrivals
+        """Reads the connection; None: its transport does."""
         self.tally = tally
         self.case = case
+        self.number = -1
+        """Among the arrivals."""
         self.split: dict[int, bytes] = {}
         """The end of a stream's last frame, if that was not one whole message."""
         self.parts: dict[int, bytes] = {}
@@ -115,8 +120,18 @@ class Client(RawClient):
             self.sent += len(part)
             self.transport.write(b"".join(part))
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        if self.arrivals is not None:
+            self.number = self.arrivals.read(self.transport, self.take)
+
     def data_received(self, data: bytes) -> None:
+        """Take bytes whose time of arrival is not known."""
         now = time.monotonic_ns()
+        self.take(data, now, now)
+
+    def take(self, data: bytes, arrived_ns: int, now: int) -> None:
+        """Count what arrived at that time and is read now."""
         size = len(data)
         if self.rest:
             data = self.rest + data
@@ -125,7 +140,7 @@ class Client(RawClient):
         count = data.count(MARKER, 0, at) + self.seams
         if count:
             self.seams = 0
-            self.tally.count(count, data, now, self.case.mixed)
+            self.tally.count(count, data, arrived_ns, now, self.case.mixed)
         if not self.tally.all_created:
             self.tally.look()
         elif self.case.read_bytes_s:
@@ -190,15 +205,29 @@ class Client(RawClient):
     def _slow_down(self, size: int) -> None:
         self.taken += size
         if self.taken >= self.case.read_bytes_s * READ_SLICE_S:
-            self.transport.pause_reading()
+            assert self.arrivals is not None, "no such case has TLS"
+            self.arrivals.pause(self.number)
             pause_s = self.taken / self.case.read_bytes_s
             self.taken = 0
-            asyncio.get_running_loop().call_later(pause_s, self.transport.resume_reading)
+            asyncio.get_running_loop().call_later(pause_s, self.arrivals.resume, self.number)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        if self.arrivals is not None:
+            self.arrivals.close(self.number)
         if self.counted:
             self.tally.broken += 1
+
+
+def quantile_ms(times: list[tuple[int, int]], share: float) -> float:
+    """Return the ms that `share` of the events stayed below; `times`: nanoseconds, and events."""
+    times.sort()
+    wanted = share * sum(count for _, count in times)
+    for time_ns, count in times:
+        wanted -= count
+        if wanted <= 0:
+            return time_ns / 1e6
+    return 0.0
 
 
 class Tally:
@@ -213,16 +242,19 @@ class Tally:
         self.stamps = 0
         self.broken = 0
         self.delays: list[tuple[int, int]] = []
+        """Nanoseconds from the write to the arrival, and events."""
+        self.lags: list[tuple[int, int]] = []
+        """Nanoseconds from the arrival until this process read it, and events."""
         self.all_created = False
         self.ready = asyncio.Event()
         self.complete = asyncio.Event()
         self.first_ns = self.last_ns = 0
 
-    def count(self, count: int, data: bytes, now: int, mixed: bool) -> None:
+    def count(self, count: int, data: bytes, arrived_ns: int, now: int, mixed: bool) -> None:
         """Count stamps; the first of a chunk, the oldest, gives the delay of all (mixed: a prev_kv has an old one)."""
         self.stamps += count
-        self.first_ns = self.first_ns or now
-        self.last_ns = now
+        self.first_ns = self.first_ns or arrived_ns
+        self.last_ns = max(self.last_ns, arrived_ns)
         self.look()
         if self.stamps >= self.expected:
             self.complete.set()
@@ -233,7 +265,8 @@ class Tally:
             if found is None:
                 return
             at = int(found[1])
-        self.delays.append((now - at, count))
+        self.delays.append((arrived_ns - at, count))
+        self.lags.append((now - arrived_ns, count))
 
     def look(self) -> None:
         """Check whether all watches are created."""
@@ -241,16 +274,6 @@ class Tally:
             self.all_created = True
             if self.stamps >= self.early:
                 self.ready.set()
-
-    def delay_ms(self, share: float) -> float:
-        """Return the delay in ms that `share` of the stamps stayed below."""
-        self.delays.sort()
-        wanted = share * sum(count for _, count in self.delays)
-        for delay, count in self.delays:
-            wanted -= count
-            if wanted <= 0:
-                return delay / 1e6
-        return 0.0
 
     async def all_came(self, event: asyncio.Event) -> bool:
         """Wait for an event as long as data arrives; return whether it happened."""
@@ -289,6 +312,8 @@ class Crowd:
         share, rest = divmod(case.streams, case.connections)
         host, port = self.address
 
+        # The transport decrypts TLS, so it must read as well.
+        arrivals = None if self.tls else Arrivals()
         at_a_time = asyncio.Semaphore(case.at_a_time or case.connections)
 
         async def one(index: int) -> Client:
@@ -302,7 +327,7 @@ class Crowd:
                 return client
 
         async def connected(index: int) -> Client:
-            _, client = await loop.create_connection(lambda: Client(tally, case), host, port, ssl=self.tls)
+            _, client = await loop.create_connection(lambda: Client(tally, case, arrivals), host, port, ssl=self.tls)
             first = (index * share + min(index, rest)) * case.watches
             client.open(first, share + (index < rest), f"{host}:{port}", start_revision)
             return client
@@ -330,6 +355,7 @@ async def watch(case: Case, crowd: Crowd, orders: asyncio.StreamReader) -> None:
     elif case.writes:
         early = tally.stamps
         tally.delays.clear()
+        tally.lags.clear()
         tally.first_ns = 0
         await orders.readline()  # everything is written
         await tally.all_came(tally.complete)
@@ -389,7 +415,8 @@ async def call(case: Case, host: str, port: int, orders: asyncio.StreamReader) -
 def report(tally: Tally, stamps: int, early: int) -> None:
     """Report the counts since it was ready."""
     span_s = max(1e-9, (tally.last_ns - tally.first_ns) / 1e9)
-    figures = {f"p{share:g}_ms": tally.delay_ms(share / 100) for share in (50, 99, 100)}
+    figures = {f"p{share:g}_ms": quantile_ms(tally.delays, share / 100) for share in (50, 99, 100)}
+    figures["unread_p99_ms"] = quantile_ms(tally.lags, 0.99)
     load_cpu_s = time.process_time()
     say(
         {

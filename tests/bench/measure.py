@@ -154,7 +154,9 @@ def _told(case: Case, told: dict[str, Any], spent_s: float) -> Figures:
     events_each = 1.0
     if case.mixed:
         events_each = case.expected() / case.expected(stamps=True)
-    figures: Figures = {name: told[name] for name in ("p50_ms", "p99_ms", "p100_ms", "broken") if name in told}
+    figures: Figures = {
+        name: told[name] for name in ("p50_ms", "p99_ms", "p100_ms", "unread_p99_ms", "broken") if name in told
+    }
     events = told["stamps"] * events_each
     figures["events"] = events
     figures["lost"] = told["lost"] if case.call else round(told["missing"] * events_each)
