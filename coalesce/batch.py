@@ -40,15 +40,19 @@ def variant_of(no_put: bool, no_delete: bool, prev_kv: bool, fragment: bool) -> 
 class Payload(SharedResponse):
     """The response to all watches of one variant for some revisions."""
 
-    __slots__ = ("event_count", "first_revision", "last_revision")
+    __slots__ = ("event_count", "first_revision")
 
     def __init__(self, header: Header, events: Sequence[Event], joined: tuple[bytes, ...]) -> None:
         """The header's revision is that of the last event; `joined`: the events, encoded for the variant."""
-        super().__init__(header, joined)
-        # Revisions of the first and the last event, inclusive.
+        SharedResponse.__init__(self, header, joined)
+        # The revision of the first event.
         self.first_revision = events[0].revision
-        self.last_revision = events[-1].revision
         self.event_count = len(events)
+
+    @property
+    def last_revision(self) -> int:
+        """The revision of the last event."""
+        return self.header.revision
 
 
 class NotificationPayload(Payload):
@@ -60,7 +64,6 @@ class NotificationPayload(Payload):
         SharedResponse.__init__(self, header, (b"",))
         # If the bookmark is returned undelivered, the watch's position does not move back.
         self.first_revision = header.revision + 1
-        self.last_revision = header.revision
         self.event_count = 0
 
 

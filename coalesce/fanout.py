@@ -62,7 +62,7 @@ class Fanout:
                 # One event for one group is the common case.
                 payload = payload_of_one(batch, variant, has_prev_kv) if variants is None else variants.payload(variant)
                 if payload is not None:
-                    group.sent_revision = payload.last_revision
+                    group.sent_revision = payload.header.revision
                     state.effects.append(Deliver(payload, group._listed or group.listed()))
                     stats.delivered += count
                     stats.delivered_events += count * payload.event_count

@@ -34,8 +34,8 @@ class SharedResponse:
             self.size = len(joined[0]) + len(header.encoded) + PREFIX_BYTES
         else:
             self.size = sum(map(len, joined)) + len(joined) * (len(header.encoded) + PREFIX_BYTES + 2) - 2
-        # By watch id.
-        self._remembered: dict[int, tuple[bytes, ...]] = {}
+        # By watch id; None until `pieces` or `columns` makes the first.
+        self._remembered: dict[int, tuple[bytes, ...]] | None = None
         self._bytes_left = _REMEMBERED_BYTES_MAX
 
     def pieces(self, watch_id: int) -> tuple[bytes, ...]:
@@ -43,15 +43,15 @@ class SharedResponse:
 
         Equal ids get the same objects as long as these are cached; those of the first id always are.
         """
-        pieces = self._remembered.get(watch_id)
-        if pieces is not None:
-            return pieces
+        self._remembered = remembered = self._remembered or {}
+        if watch_id in remembered:
+            return remembered[watch_id]
         if len(self._joined) == 1:
             return self._whole(((watch_id, encode_watch_id(watch_id), 1),))[0]
         pieces = self._fragments(watch_id)
         if self._bytes_left > 0:
             self._bytes_left -= self.size
-            self._remembered[watch_id] = pieces
+            remembered[watch_id] = pieces
         return pieces
 
     def columns(self, ids: Sequence[tuple[int, bytes, int]]) -> list[list[bytes]]:
@@ -73,7 +73,7 @@ class SharedResponse:
         encoded = self.header.encoded
         start = pack_prefix(0, len(encoded) + len(ids[0][1]) + len(events)) + encoded
         shared = len(events) > COPIED_BYTES_MAX
-        remembered = self._remembered
+        self._remembered = remembered = self._remembered or {}
         rows = []
         for watch_id, field, _ in ids:
             pieces = remembered.get(watch_id)

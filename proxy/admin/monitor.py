@@ -21,7 +21,7 @@ from proto.spans import FROM_KEY, prefix_of
 from proxy.admin import memory
 from proxy.admin.aggregate import AllProcesses, ProcessReport, WorkerDetails
 from proxy.admin.clients import clients
-from proxy.admin.delays import BOUNDS_S, Histogram, LoopDelay, quantile, watch_deliveries
+from proxy.admin.delays import BOUNDS_S, DeliveryDelays, Histogram, LoopDelay, quantile
 from proxy.admin.snapshot import Snapshot, SnapshotSource
 from proxy.admin.views import Clients, EndpointView, HistoryPoint, Overview, ProcessView, SessionView, TrunkView
 from proxy.config import knobs
@@ -64,7 +64,7 @@ class Monitor:
         self.limits = limits if whole is None else lambda: whole.limits
         """Returns the limits in force, by setting; 0 means no limit."""
         self._source = SnapshotSource(proxy, address)
-        self._own_deliveries = watch_deliveries(proxy.listener, proxy.engine)
+        self._own_deliveries = DeliveryDelays(proxy.listener, proxy.engine)
         self._own_loop = LoopDelay(self._tick)
         self.points: deque[HistoryPoint] = deque(maxlen=STEPS_KEPT)
         self._details = WorkerDetails()
@@ -93,7 +93,7 @@ class Monitor:
     @property
     def delivery_delay(self) -> Histogram:
         """The delays of deliveries to clients."""
-        return self._own_deliveries if self.whole is None else self.whole.delivery_delay()
+        return self._own_deliveries.histogram if self.whole is None else self.whole.delivery_delay()
 
     @property
     def loop_delay(self) -> Histogram:
@@ -113,14 +113,15 @@ class Monitor:
                     watches={each.range: each.watches for each in self._trunks()},
                 )
         used = resource.getrusage(resource.RUSAGE_SELF)
+        delivered = self._own_deliveries.histogram
         return ProcessReport(
             name=name,
             pid=os.getpid(),
             cpu_s=round(used.ru_utime + used.ru_stime, 2),
             memory_bytes=memory.resident_bytes(),
             snapshot=self._source.take(),
-            delivery_counts=list(self._own_deliveries.counts),
-            delivery_sum_s=self._own_deliveries.sum,
+            delivery_counts=list(delivered.counts),
+            delivery_sum_s=delivered.sum,
             loop_counts=list(self._own_loop.histogram.counts),
             loop_sum_s=self._own_loop.histogram.sum,
             descriptors=self._descriptors,

@@ -72,8 +72,8 @@ class Listener:
         self.on_flush: Callable[[], None] | None = None
         """Called after writes."""
         self._dirty: list[ServerConnection] = []
-        self._corks = 0
-        """Calls of `cork` without their `uncork`."""
+        self.corks = 0
+        """Calls of `cork` without their `uncork`: while there are any, nothing is written."""
         self._listening: Listening | None = None
         self._servers: list[asyncio.Server] = []
         self._receiver: ConnectionReceiver | None = None
@@ -170,23 +170,18 @@ class Listener:
 
     def flush_soon(self, connection: ServerConnection) -> None:
         """Schedule a flush of a connection for the end of this turn; called by `ServerConnection.schedule_flush`."""
-        if not (self._dirty or self._corks):
+        if not (self._dirty or self.corks):
             self._loop.call_soon(self.flush)
         self._dirty.append(connection)
 
-    @property
-    def corked(self) -> bool:
-        """Between `cork` and `uncork`."""
-        return self._corks > 0
-
     def cork(self) -> None:
         """Collect the output of a read until `uncork`: a flush at the end of the turn costs a callback for each."""
-        self._corks += 1
+        self.corks += 1
 
     def uncork(self) -> None:
         """Write, at the outermost end of such a section."""
-        self._corks -= 1
-        if not self._corks and self._dirty:
+        self.corks -= 1
+        if not self.corks and self._dirty:
             self.flush()
 
     def flush(self) -> None:

@@ -43,7 +43,7 @@ from proxy import logs
 from proxy.auth.model import Outcome, PermissionCheck
 from proxy.auth.queries import RevisionRead
 from proxy.auth.reads import AuthReader
-from proxy.watch.outlets import DeliveryPlan, Outlet, Output, on_distinct_connections, plan_of
+from proxy.watch.outlets import RUN_WATCHES_MIN, DeliveryPlan, Outlet, Output, on_distinct_connections, plan_of
 from upstream.watching.stream import OpenedWatch
 
 BULKY_BYTES = 8 * 1024
@@ -52,9 +52,6 @@ BULKY_BYTES = 8 * 1024
 TURN_BYTES = 1024 * 1024
 """Each time this much has been queued, it may be written in the middle of a turn: one read from etcd may contain
 hundreds of events for thousands of watches, which would all be in memory before the first byte is written."""
-
-RUN_WATCHES_MIN = 32
-"""Groups of at least this many watches are worth ordering by connection."""
 
 log = logs.logger("engine")
 
@@ -232,18 +229,18 @@ class Engine:
         # The same as in `_input`, except that each client gets one write at the end, and the payload of a read that
         # brought only one is written at once.
         output = self._output
-        alone = not output.corked
         if output.on_flush is not None:
             self._received_at = time.perf_counter()
         self._busy = True
-        output.cork()
         try:
             effects = self.core.upstream_response(watch, response, self._loop.time())
-            if alone and len(effects) == 1 and type(effects[0]) is Deliver:
-                self._deliver_alone(effects[0])
-            else:
-                for effect in effects:
-                    self._carry_out[type(effect)](effect)
+            if len(effects) != 1 or output.corks or not self._deliver_alone(effects[0]):
+                output.cork()
+                try:
+                    for effect in effects:
+                        self._carry_out[type(effect)](effect)
+                finally:
+                    output.uncork()
             if self._inbox:
                 self._empty_inbox()
         except Exception:
@@ -251,7 +248,6 @@ class Engine:
         finally:
             self._busy = False
             self._received_at = 0.0
-            output.uncork()
         if self.core.deadline_moved:
             self._arm()
 
@@ -378,12 +374,9 @@ class Engine:
 
     def _deliver(self, effect: Deliver) -> None:
         """Deliver one payload to its watches."""
-        watches = effect.watches
-        self._deliver_in(plan_of(watches) if len(watches) >= RUN_WATCHES_MIN else None, effect)
-
-    def _deliver_in(self, plan: DeliveryPlan | None, effect: Deliver) -> None:
         payload, watches = effect.payload, effect.watches
         count = len(watches)
+        plan = plan_of(watches) if count >= RUN_WATCHES_MIN else None
         sent = self._deliver_each(payload, watches) if plan is None else self._deliver_planned(payload, plan)
         stats = self.stats
         stats.delivered += count
@@ -396,44 +389,42 @@ class Engine:
             self._queued_bytes = 0
             self._output.flush()
 
-    def _deliver_alone(self, effect: Deliver) -> None:
-        """Deliver the only payload of a read: write it at once to watches on different connections.
+    def _deliver_alone(self, effect: Effect) -> bool:
+        """Deliver the only effect of a read, if it is a small payload for watches on different connections.
 
-        There is no other output of the read to join it with. Where output already waits, or several watches share a
-        connection, it is queued as usual.
+        Nothing else is to be joined with it, so it is written at once, or queued where output already waits. Returns
+        False, having done nothing, for any other effect.
         """
+        if type(effect) is not Deliver:
+            return False
         payload, watches = effect.payload, effect.watches
         count = len(watches)
-        if not payload.event_count:
-            self._deliver_in(None, effect)
-            return
-        if count >= RUN_WATCHES_MIN:
-            plan = plan_of(watches)
-            if plan is None or plan.runs or payload.size > BULKY_BYTES:
-                self._deliver_in(plan, effect)
-                return
-        elif count > 1 and not on_distinct_connections(watches):
-            self._deliver(effect)
-            return
+        if payload.size > BULKY_BYTES or not payload.event_count:
+            return False
+        if count > 1 and not on_distinct_connections(watches):
+            return False
+        watch_id = watches[0].watch_id
+        message = payload.message(watch_id)
+        if message is None:
+            return False
+        size = len(message)
         stats = self.stats
         stats.delivering_since = self._received_at
         stats.coalesced += count - 1
-        message: bytes | None = None
-        watch_id: int | None = None
-        size = 0
         for watch in watches:
             outlet: Outlet = watch.outlet
             if watch.watch_id != watch_id:
                 watch_id = watch.watch_id
-                message = payload.message(watch_id) if payload.size <= BULKY_BYTES else None
-                size = 0 if message is None else len(message)
-            if message is not None and not outlet.stalled and outlet.connection.write_now(outlet.stream, message, size):
+                message = payload.message(watch_id) or b""
+                size = len(message)
+            if not outlet.stalled and outlet.connection.write_now(outlet.stream, message, size):
                 stats.delivered += 1
                 stats.delivered_bytes += size
             else:
                 self._deliver(Deliver(payload, (watch,)))
         if self._output.on_flush is not None:
             self._output.on_flush()
+        return True
 
     def _deliver_each(self, payload: Payload, watches: Sequence[Watch]) -> int:
         """Queue a payload for watches one by one; return the number of bytes."""

@@ -14,6 +14,9 @@ from coalesce.model import GroupWatches, Watch
 from proto.http2 import Stream, StreamBatch
 from proto.scan import encode_watch_id
 
+RUN_WATCHES_MIN = 32
+"""Groups of at least this many watches are worth ordering by connection."""
+
 
 class Outlet(Protocol):
     """The destination of a session's answers; `service.WatchCall` is one. The fan-out uses its attributes directly."""
@@ -39,9 +42,8 @@ class Output(Protocol):
 
     on_flush: Callable[[], None] | None
     """Called after writes; set if the delay of events is measured."""
+    corks: int
 
-    @property
-    def corked(self) -> bool: ...
     def cork(self) -> None: ...
     def uncork(self) -> None: ...
     def flush(self) -> None: ...
@@ -104,5 +106,8 @@ def plan_of(watches: Sequence[Watch]) -> DeliveryPlan | None:
 
 
 def on_distinct_connections(watches: Sequence[Watch]) -> bool:
-    """Whether all of the watches are on different connections."""
-    return len({watch.outlet.connection for watch in watches}) == len(watches)
+    """Whether all of the watches are on different connections; for many watches this is known once they have a plan."""
+    if len(watches) < RUN_WATCHES_MIN:
+        return len({watch.outlet.connection for watch in watches}) == len(watches)
+    plan = watches.shell if isinstance(watches, GroupWatches) else None
+    return isinstance(plan, DeliveryPlan) and bool(plan.apart) and not plan.runs

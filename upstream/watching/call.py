@@ -7,7 +7,7 @@ upstream watches that serve many clients wait for the next turn, and those of ot
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from proto.fields import ScanError
@@ -153,7 +153,7 @@ class UpstreamWatchCall:
         if call.http_status != 200:
             return
         self._owner.received_bytes += len(data)
-        self._take(call, self._feed.feed, data)
+        self._take(call, data)
 
     def _give_back(self, call: UpstreamCall) -> None:
         unread_max = _UNREAD_ALONE_BYTES_MAX if self._stream.kind is StreamKind.BACKFILL else _UNREAD_BYTES_MAX
@@ -161,41 +161,38 @@ class UpstreamWatchCall:
             call.consumed(self._taken)
             self._taken = 0
 
-    def _take(self, call: UpstreamCall, read: Callable[..., Sequence[WatchResponse]], *data: bytes) -> None:
-        """Handle the responses that can be read now, and schedule reading of the rest."""
-        stream, owner = self._stream, self._owner
+    def _take(self, call: UpstreamCall, data: bytes | None = None) -> None:
+        """Handle the responses that can be read now, of new `data` or of those that waited; schedule the rest."""
+        stream, owner, feed, connection = self._stream, self._owner, self._feed, call.connection
+        late_at = connection.heard_at + TURN_S
         has_events = False
         try:
-            for response in read(*data):
+            for response in feed.step() if data is None else feed.feed(data):
                 if call.ended:
                     break
-                if data and self._waits(call, response):
-                    continue
+                if data is not None:
+                    if feed.waiting and not feed.passes(response):
+                        # One of its watch has been held back since it arrived.
+                        continue
+                    if self._loop.time() >= late_at and self._can_wait(response):
+                        feed.hold(response)
+                        continue
                 owner.take(stream, response)
                 has_events = has_events or response.plain
         except FramingError as error:
             self._broken(call, error.code, error.text)
         except ScanError as error:
             self._broken(call, Status.INTERNAL, str(error))
-        if has_events and call.connection.batches.interval_s:
-            call.connection.batches.events_came()
-        if self._feed.behind and not self._goes_on and not stream.paused and self.call is not None:
+        if has_events and connection.batches.interval_s:
+            connection.batches.events_came()
+        if feed.waiting and feed.behind and not self._goes_on and not stream.paused and self.call is not None:
             self._goes_on = True
             self._loop.call_soon(self._go_on)
 
-    def _waits(self, call: UpstreamCall, response: WatchResponse) -> bool:
-        """Return whether a response that has just arrived waits for the next turn."""
-        feed = self._feed
-        if not feed.passes(response):
-            # One of its watch has been held back since it arrived.
-            return True
-        if not response.plain or self._loop.time() - call.connection.heard_at < TURN_S:
-            return False
+    def _can_wait(self, response: WatchResponse) -> bool:
+        """Return whether a response has events for many clients."""
         registration = self._stream.by_id.get(response.watch_id)
-        if registration is None or registration.watch.watchers < MANY_CLIENTS:
-            return False
-        feed.hold(response)
-        return True
+        return response.plain and registration is not None and registration.watch.watchers >= MANY_CLIENTS
 
     def _go_on(self) -> None:
         """Read the next piece of a large response, or responses that waited, as far as this turn allows."""
@@ -208,9 +205,9 @@ class UpstreamWatchCall:
         if cork is not None:
             cork.cork()
         try:
-            self._take(call, self._feed.step)
+            self._take(call)
             while self._feed.has_next and self._loop.time() < end and self.call is not None and not self._stream.paused:
-                self._take(call, self._feed.step)
+                self._take(call)
         finally:
             if cork is not None:
                 cork.uncork()

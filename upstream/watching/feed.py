@@ -116,9 +116,9 @@ class ResponseOrder:
         "_large",
         "_need",
         "_scan",
-        "_waiting",
         "_waiting_bytes",
         "_waiting_ids",
+        "waiting",
     )
 
     def __init__(self, scan: Callable[[bytes], WatchResponse], event_bytes_max: int) -> None:
@@ -133,7 +133,7 @@ class ResponseOrder:
         self._coming: LargePieces | None = None
         # Large responses that are not fully read and small ones that are held back, oldest first, and the responses
         # that must wait for them.
-        self._waiting: deque[LargeMessage | WatchResponse] = deque()
+        self.waiting: deque[LargeMessage | WatchResponse] = deque()
         # The large ones of them; of the others, how many there are of each watch, and the bytes of their events.
         self._large: list[LargeMessage] = []
         self._waiting_ids: dict[int, int] = {}
@@ -142,15 +142,15 @@ class ResponseOrder:
     @property
     def behind(self) -> bool:
         """`step` has something to do."""
-        if not self._waiting:
+        if not self.waiting:
             return False
-        first = self._waiting[0]
+        first = self.waiting[0]
         return isinstance(first, WatchResponse) or first.done or first.readable
 
     @property
     def has_next(self) -> bool:
         """`step` would return a whole response, not a piece of a large one."""
-        return bool(self._waiting) and isinstance(self._waiting[0], WatchResponse)
+        return bool(self.waiting) and isinstance(self.waiting[0], WatchResponse)
 
     @property
     def unread(self) -> int:
@@ -197,7 +197,7 @@ class ResponseOrder:
             start = pos + PREFIX_BYTES
             pos = start + length
             response = self._scan(data[start:pos])
-            if self.passes(response):
+            if not self.waiting or self.passes(response):
                 responses.append(response)
         if pos < end:
             self._buffer = bytearray(memoryview(data)[pos:])
@@ -205,13 +205,11 @@ class ResponseOrder:
 
     def begin(self, large: LargeMessage) -> None:
         """Add a large response that begins to arrive."""
-        self._waiting.append(large)
+        self.waiting.append(large)
         self._large.append(large)
 
     def passes(self, response: WatchResponse) -> bool:
-        """Return whether to handle a response now; if not, it is queued."""
-        if not self._waiting:
-            return True
+        """Return whether to handle a response now although others are `waiting`; if not, it is queued."""
         watch_id = response.watch_id
         same = watch_id in self._waiting_ids or any(each.watch_id == watch_id for each in self._large)
         waits = same if watch_id >= 0 else not response.created
@@ -221,13 +219,13 @@ class ResponseOrder:
 
     def hold(self, response: WatchResponse) -> None:
         """Queue a response that passes: `step` returns it in its turn."""
-        self._waiting.append(response)
+        self.waiting.append(response)
         self._waiting_ids[response.watch_id] = self._waiting_ids.get(response.watch_id, 0) + 1
         self._waiting_bytes += sum(len(event.encoded) for event in response.events)
 
     def step(self) -> list[WatchResponse]:
         """Take the next piece of a large response, or the next whole one; empty: none has arrived. Raises ScanError."""
-        waiting = self._waiting
+        waiting = self.waiting
         while waiting:
             first = waiting[0]
             if isinstance(first, WatchResponse):

@@ -210,10 +210,6 @@ class FakeOutput:
         self.written: Callable[[], None] = lambda: None
         """Called at each flush, also that of the last uncork."""
 
-    @property
-    def corked(self) -> bool:
-        return self.corks > 0
-
     def cork(self) -> None:
         self.corks += 1
         self.calls.append("cork")
