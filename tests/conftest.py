@@ -15,11 +15,12 @@ from tests.etcd.server import EtcdServer
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run a test that is a coroutine, for nearly as long as pytest's own timeout allows (see `run`)."""
+    """Run a test that is a coroutine, for nearly as long as its timeout allows (see `run`)."""
     if not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None
     arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
-    run(pyfuncitem.obj(**arguments), 110)
+    marker = pyfuncitem.get_closest_marker("timeout")
+    run(pyfuncitem.obj(**arguments), (marker.args[0] if marker else float(pyfuncitem.config.getini("timeout"))) - 10)
     return True
 
 

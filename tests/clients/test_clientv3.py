@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from tests.clients.clientv3 import Clientv3, Line
-from tests.e2e.scenario import run
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.cluster import Member, cluster
 from tests.etcd.server import EtcdServer
@@ -122,7 +121,7 @@ def then(watch: Clientv3, seen: int, found: Callable[[Line], Any], what: str) ->
     return seen + 1 + next(place for place, line in enumerate(watch.lines()[seen:]) if found(line))
 
 
-def test_clientv3_that_requires_a_leader_is_refused_without_one() -> None:
+async def test_clientv3_that_requires_a_leader_is_refused_without_one() -> None:
     """Its watch ends when the leader is lost, and is served again after the election; other watches stay open."""
 
     def story(first: Member, others: list[Member], proxy: ProxyProcess, stack: ExitStack) -> None:
@@ -148,13 +147,10 @@ def test_clientv3_that_requires_a_leader_is_refused_without_one() -> None:
         then(patient, 0, has_events, "the event")
         assert [line for line in patient.lines() if line.get("error")] == []
 
-    async def scenario() -> None:
-        async with cluster(3) as members:
-            first, *others = members.members
-            with ProxyProcess(first.endpoint) as proxy, ExitStack() as stack:
-                await asyncio.to_thread(story, first, others, proxy, stack)
-
-    run(scenario(), 150)
+    async with cluster(3) as members:
+        first, *others = members.members
+        with ProxyProcess(first.endpoint) as proxy, ExitStack() as stack:
+            await asyncio.to_thread(story, first, others, proxy, stack)
 
 
 def is_served(line: Line) -> bool:

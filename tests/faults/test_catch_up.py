@@ -19,7 +19,6 @@ from proxy.server import Proxy
 from tests.e2e.judging import assert_kept
 from tests.e2e.raw_client import RawClient, WatchStream
 from tests.e2e.running import direct, proxy_for
-from tests.e2e.scenario import run
 from tests.etcd.server import EtcdServer
 from tests.faults.scene import PREFIX, PREFIX_END, also_with_a_cover
 from tests.waiting import until_async
@@ -113,48 +112,44 @@ async def one_watcher_left(proxy: Proxy, etcd: EtcdServer, limit_s: float = 10) 
 
 @pytest.mark.parametrize("revisions", [5_000, pytest.param(100_000, marks=pytest.mark.long)])
 @pytest.mark.timeout(240)
-def test_a_watch_far_behind_catches_up_without_delaying_others(
+async def test_a_watch_far_behind_catches_up_without_delaying_others(
     etcd: EtcdServer, revisions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Live events are delivered while a watch of the same range catches up from the first revision."""
     # etcd sends a thousand revisions at a time, to the checker as well.
     monkeypatch.setattr(judge, "TRUTH_LIMIT_S", 90.0)
     limits = CoreLimits(history_bytes_max=MIB // 4, history_bytes_total_max=MIB, backfill_bytes_max=MIB // 4)
-
-    async def scenario() -> None:
-        async with (
-            proxy_for(etcd, limits=limits) as proxy,
-            direct(etcd) as store,
-            await RawClient.connect(proxy.port) as client,
-            await RawClient.connect(proxy.port) as slow,
-        ):
-            last = await fill(proxy, revisions)
-            live = [await client.open_watch(PREFIX, PREFIX_END) for _ in range(10)]
-            loop = asyncio.get_running_loop()
-            delays: list[float] = []
-            behind = 0
-            with watching(proxy, etcd) as peaks:
-                laggard = await slow.open_watch(PREFIX, PREFIX_END, 2)
-                while newest(laggard) < last:
-                    put = await store.put(PREFIX + b"live", b"%d" % len(delays))
-                    began = loop.time()
-                    for stream in live:
-                        await reached(stream, put, 5)
-                    delays.append(loop.time() - began)
-                    behind += newest(laggard) < last
-                end = await store.put(PREFIX + b"live", b"end")
-                streams = [*live, laggard]
-                await until_async(lambda: all(newest(stream) >= end for stream in streams), "the last event", 30)
-                await one_watcher_left(proxy, etcd)
-            assert behind >= 2, "nothing was live while the watch caught up"
-            assert max(delays) < 1.0
-            assert peaks.backfills == 1
-            assert peaks.watchers <= 2
-            assert peaks.history_bytes <= limits.history_bytes_total_max
-            await assert_kept([(laggard, 2)], etcd.endpoint, PREFIX, PREFIX_END, end)
-            await assert_kept([(stream, 0) for stream in live], etcd.endpoint, PREFIX, PREFIX_END, end, last)
-
-    run(scenario(), 240)
+    async with (
+        proxy_for(etcd, limits=limits) as proxy,
+        direct(etcd) as store,
+        await RawClient.connect(proxy.port) as client,
+        await RawClient.connect(proxy.port) as slow,
+    ):
+        last = await fill(proxy, revisions)
+        live = [await client.open_watch(PREFIX, PREFIX_END) for _ in range(10)]
+        loop = asyncio.get_running_loop()
+        delays: list[float] = []
+        behind = 0
+        with watching(proxy, etcd) as peaks:
+            laggard = await slow.open_watch(PREFIX, PREFIX_END, 2)
+            while newest(laggard) < last:
+                put = await store.put(PREFIX + b"live", b"%d" % len(delays))
+                began = loop.time()
+                for stream in live:
+                    await reached(stream, put, 5)
+                delays.append(loop.time() - began)
+                behind += newest(laggard) < last
+            end = await store.put(PREFIX + b"live", b"end")
+            streams = [*live, laggard]
+            await until_async(lambda: all(newest(stream) >= end for stream in streams), "the last event", 30)
+            await one_watcher_left(proxy, etcd)
+        assert behind >= 2, "nothing was live while the watch caught up"
+        assert max(delays) < 1.0
+        assert peaks.backfills == 1
+        assert peaks.watchers <= 2
+        assert peaks.history_bytes <= limits.history_bytes_total_max
+        await assert_kept([(laggard, 2)], etcd.endpoint, PREFIX, PREFIX_END, end)
+        await assert_kept([(stream, 0) for stream in live], etcd.endpoint, PREFIX, PREFIX_END, end, last)
 
 
 @pytest.mark.parametrize("order", ["oldest first", "newest first", "any"])
@@ -163,38 +158,34 @@ def test_a_watch_far_behind_catches_up_without_delaying_others(
     [pytest.param(40, 4_000, id="40"), pytest.param(300, 100_000, marks=pytest.mark.long, id="300")],
 )
 @pytest.mark.timeout(240)
-def test_laggards_share_backfills(etcd: EtcdServer, laggards: int, revisions: int, order: str) -> None:
+async def test_laggards_share_backfills(etcd: EtcdServer, laggards: int, revisions: int, order: str) -> None:
     """The range has no further events: only progress can show a backfill that it is complete."""
     limits = CoreLimits(history_bytes_total_max=64 * MIB)
-
-    async def scenario() -> None:
-        async with proxy_for(etcd, limits=limits) as proxy, await RawClient.connect(proxy.port) as client:
-            await fill(proxy, revisions, one_in=20)
-            async with direct(etcd) as store:
-                end = await store.put(PREFIX + b"end", b"")
-            live = await client.open_watch(PREFIX, PREFIX_END)
-            starts = [2 + number * revisions // laggards for number in range(laggards)]
-            if order == "any":
-                random.Random(7).shuffle(starts)
-            elif order == "newest first":
-                starts.reverse()
-            streams = [(client.watch(), start) for start in starts]
-            with watching(proxy, etcd) as peaks:
-                for stream, start in streams:
-                    stream.create(PREFIX, PREFIX_END, start)
-                await until_async(lambda: all(newest(stream) >= end for stream, _ in streams), "everything", 60)
-                await one_watcher_left(proxy, etcd)
-            assert proxy.engine.core.stats.joins_backfill >= laggards * 3 // 4, "they were no laggards"
-            # One for each shared stretch would do; a watch that comes while others are running may need another.
-            enough = 2 * (1 + revisions // limits.backfill_share_revisions)
-            assert peaks.backfills <= enough
-            # The trunk, and some that etcd has not closed yet when others are already open.
-            assert peaks.watchers <= 1 + max(enough, laggards // 4)
-            assert peaks.history_bytes <= limits.history_bytes_total_max
-            assert live.values == []
-            await assert_kept(streams, etcd.endpoint, PREFIX, PREFIX_END, end)
-
-    run(scenario(), 240)
+    async with proxy_for(etcd, limits=limits) as proxy, await RawClient.connect(proxy.port) as client:
+        await fill(proxy, revisions, one_in=20)
+        async with direct(etcd) as store:
+            end = await store.put(PREFIX + b"end", b"")
+        live = await client.open_watch(PREFIX, PREFIX_END)
+        starts = [2 + number * revisions // laggards for number in range(laggards)]
+        if order == "any":
+            random.Random(7).shuffle(starts)
+        elif order == "newest first":
+            starts.reverse()
+        streams = [(client.watch(), start) for start in starts]
+        with watching(proxy, etcd) as peaks:
+            for stream, start in streams:
+                stream.create(PREFIX, PREFIX_END, start)
+            await until_async(lambda: all(newest(stream) >= end for stream, _ in streams), "everything", 60)
+            await one_watcher_left(proxy, etcd)
+        assert proxy.engine.core.stats.joins_backfill >= laggards * 3 // 4, "they were no laggards"
+        # One for each shared stretch would do; a watch that comes while others are running may need another.
+        enough = 2 * (1 + revisions // limits.backfill_share_revisions)
+        assert peaks.backfills <= enough
+        # The trunk, and some that etcd has not closed yet when others are already open.
+        assert peaks.watchers <= 1 + max(enough, laggards // 4)
+        assert peaks.history_bytes <= limits.history_bytes_total_max
+        assert live.values == []
+        await assert_kept(streams, etcd.endpoint, PREFIX, PREFIX_END, end)
 
 
 async def test_a_backfill_of_an_empty_range_ends(etcd: EtcdServer) -> None:

@@ -15,12 +15,14 @@ from proto.pb import rpc_pb2
 from proxy.auth.reads import ReaderSettings
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct, proxy_for
-from tests.e2e.scenario import run
 from tests.e2e.test_auth import DENIED, INVALID, token_of, with_users
 from tests.etcd.cluster import Member, cluster
 from tests.etcd.server import EtcdServer
 from tests.waiting import until_async
 
+COUNTS = pytest.mark.parametrize(
+    "count", [1500, pytest.param(20_000, marks=[pytest.mark.long, pytest.mark.timeout(900)])]
+)
 RANGE = "/etcdserverpb.KV/Range"
 USERS = 10
 
@@ -72,47 +74,41 @@ async def calls_go_on(client: RawClient, token: str) -> AsyncIterator[None]:
         await asyncio.gather(*calling, return_exceptions=True)
 
 
-@pytest.mark.parametrize("count", [1500, pytest.param(20_000, marks=pytest.mark.long)])
-def test_a_member_cut_off_never_answers_what_now_is(count: int) -> None:
-    async def scenario() -> None:
-        async with one_cut_off(auth=False) as (leader, client, _, _), direct(leader) as store:
-            put: Any = store._channel.unary_unary("/etcdserverpb.KV/Put")
-            numbers = iter(range(count))
+@COUNTS
+async def test_a_member_cut_off_never_answers_what_now_is(count: int) -> None:
+    async with one_cut_off(auth=False) as (leader, client, _, _), direct(leader) as store:
+        put: Any = store._channel.unary_unary("/etcdserverpb.KV/Put")
+        numbers = iter(range(count))
 
-            async def user(name: int) -> None:
-                for number in numbers:
-                    message = rpc_pb2.PutRequest(key=b"a/%d" % name, value=b"%d" % number).SerializeToString()
-                    done = rpc_pb2.PutResponse.FromString(await put(message))
-                    stream = client.watch()
-                    stream.create(b"a/%d" % name)
-                    assert (await stream.created(30)).header.revision >= done.header.revision
-                    stream.raw.cancel()
+        async def user(name: int) -> None:
+            for number in numbers:
+                message = rpc_pb2.PutRequest(key=b"a/%d" % name, value=b"%d" % number).SerializeToString()
+                done = rpc_pb2.PutResponse.FromString(await put(message))
+                stream = client.watch()
+                stream.create(b"a/%d" % name)
+                assert (await stream.created(30)).header.revision >= done.header.revision
+                stream.raw.cancel()
 
-            async with calls_go_on(client, ""):
-                await asyncio.gather(*map(user, range(USERS)))
-
-    run(scenario(), 60 if count < 2000 else 900)
+        async with calls_go_on(client, ""):
+            await asyncio.gather(*map(user, range(USERS)))
 
 
-@pytest.mark.parametrize("count", [1500, pytest.param(20_000, marks=pytest.mark.long)])
-def test_a_member_cut_off_never_grants_a_revoked_right(count: int) -> None:
-    async def scenario() -> None:
-        async with one_cut_off(auth=True) as (leader, client, token, root):
-            await client.open_watch(b"a/", b"a0", 0, [("token", token)])
-            await asyncio.to_thread(leader.ctl, "--user=root:r", "user", "revoke-role", "u1", "reader")
-            numbers = iter(range(count))
+@COUNTS
+async def test_a_member_cut_off_never_grants_a_revoked_right(count: int) -> None:
+    async with one_cut_off(auth=True) as (leader, client, token, root):
+        await client.open_watch(b"a/", b"a0", 0, [("token", token)])
+        await asyncio.to_thread(leader.ctl, "--user=root:r", "user", "revoke-role", "u1", "reader")
+        numbers = iter(range(count))
 
-            async def user() -> None:
-                for _ in numbers:
-                    stream = client.watch([("token", token)])
-                    stream.create(b"a/", b"a0")
-                    assert (await stream.next(30)).cancel_reason == DENIED
-                    stream.raw.cancel()
+        async def user() -> None:
+            for _ in numbers:
+                stream = client.watch([("token", token)])
+                stream.create(b"a/", b"a0")
+                assert (await stream.next(30)).cancel_reason == DENIED
+                stream.raw.cancel()
 
-            async with calls_go_on(client, root):
-                await asyncio.gather(*(user() for _ in range(USERS)))
-
-    run(scenario(), 60 if count < 2000 else 900)
+        async with calls_go_on(client, root):
+            await asyncio.gather(*(user() for _ in range(USERS)))
 
 
 async def test_a_member_held_still_delays_creates_little() -> None:

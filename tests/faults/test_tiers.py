@@ -12,7 +12,6 @@ from coalesce.ending import OTHER_HISTORY
 from proxy.server import Proxy
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct, proxy_for, two_tiers
-from tests.e2e.scenario import run
 from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.faults.relay import relay_to
 from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept
@@ -43,41 +42,37 @@ async def calls_and_creates(leaf: Proxy, stopping: asyncio.Event) -> int:
     return done
 
 
-def test_hubs_restart_in_turn_and_no_client_notices(etcd: EtcdServer) -> None:
+async def test_hubs_restart_in_turn_and_no_client_notices(etcd: EtcdServer) -> None:
     """No event is lost, and no call and no create fails."""
-
-    async def scenario() -> None:
-        ports = [free_port(), free_port()]
-        hubs = [await hub_at(etcd, port) for port in ports]
-        places = ",".join(f"{HOST}:{port}" for port in ports)
-        async with (
-            proxy_for(etcd, watch_endpoints=places) as one,
-            proxy_for(etcd, watch_endpoints=places) as two,
-            await RawClient.connect(one.port) as client,
-            await RawClient.connect(two.port) as other,
-        ):
-            streams = [(await each.open_watch(PREFIX, PREFIX_END, 1), 1) for each in (client, other)]
-            writer = Writer(etcd.endpoint, 0.002)
+    ports = [free_port(), free_port()]
+    hubs = [await hub_at(etcd, port) for port in ports]
+    places = ",".join(f"{HOST}:{port}" for port in ports)
+    async with (
+        proxy_for(etcd, watch_endpoints=places) as one,
+        proxy_for(etcd, watch_endpoints=places) as two,
+        await RawClient.connect(one.port) as client,
+        await RawClient.connect(two.port) as other,
+    ):
+        streams = [(await each.open_watch(PREFIX, PREFIX_END, 1), 1) for each in (client, other)]
+        writer = Writer(etcd.endpoint, 0.002)
+        await writer.more(20)
+        stopping = asyncio.Event()
+        others = [asyncio.create_task(calls_and_creates(leaf, stopping)) for leaf in (one, two)]
+        for turn in (0, 1, 0, 1):
+            breaks = one.upstream.breaks + two.upstream.breaks
+            carried = any(hubs[turn].listener.connections)
+            await hubs[turn].drain(0.5)
             await writer.more(20)
-            stopping = asyncio.Event()
-            others = [asyncio.create_task(calls_and_creates(leaf, stopping)) for leaf in (one, two)]
-            for turn in (0, 1, 0, 1):
-                breaks = one.upstream.breaks + two.upstream.breaks
-                carried = any(hubs[turn].listener.connections)
-                await hubs[turn].drain(0.5)
-                await writer.more(20)
-                hubs[turn] = await hub_at(etcd, ports[turn])
-                await until_async(lambda: one.upstream.connected and two.upstream.connected, "both leaves to go on", 20)
-                assert not carried or one.upstream.breaks + two.upstream.breaks > breaks
-                await writer.more(20)
-            stopping.set()
-            assert min(await asyncio.gather(*others)) >= 4
-            await all_kept(streams, etcd.endpoint, await writer.stop())
-            assert one.engine.stats.upstream_broken + two.engine.stats.upstream_broken > 0
-        for hub in hubs:
-            await hub.stop()
-
-    run(scenario(), 120)
+            hubs[turn] = await hub_at(etcd, ports[turn])
+            await until_async(lambda: one.upstream.connected and two.upstream.connected, "both leaves to go on", 20)
+            assert not carried or one.upstream.breaks + two.upstream.breaks > breaks
+            await writer.more(20)
+        stopping.set()
+        assert min(await asyncio.gather(*others)) >= 4
+        await all_kept(streams, etcd.endpoint, await writer.stop())
+        assert one.engine.stats.upstream_broken + two.engine.stats.upstream_broken > 0
+    for hub in hubs:
+        await hub.stop()
 
 
 async def test_etcd_serves_one_watch_for_all_leaves(etcd: EtcdServer) -> None:

@@ -76,6 +76,7 @@ def score(say: Callable[[str], None], mutants: Iterable[Mutant] = MUTANTS) -> in
             else:
                 found[name] = witness
                 say(f"found     {name}: {witness[0]}, seed {witness[1]}")
-    WITNESSES.write_text(json.dumps(found, indent=1) + "\n")
+    lines = (f"{json.dumps(name)}: {json.dumps(witness)}" for name, witness in found.items())
+    WITNESSES.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     say(f"mutation score: {len(found)} of {len(found) + missed}")
     return missed
