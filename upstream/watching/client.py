@@ -10,7 +10,8 @@ their watches register again on another connection.
 Calls to the listener are synchronous and come from the event loop. The listener may call the client from inside them.
 
 All decisions are made elsewhere, without I/O: `state` (the position of each watch), `choice` (which server, and what to
-do when a stream ends), `lineage` (whether the store still has the same history). The simulator drives all three.
+do when a stream ends), `lineage` (whether the store still has the same history; `history_check` asks the servers). The
+simulator drives all three.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from proto.framing import Status
 from proto.scan import WatchResponse, scan_watch_response
 from upstream.connection import ClientConnection, settings_after
 from upstream.connections import Connections
-from upstream.credentials import Credentials, log_in
-from upstream.dial import Dialer, Server, ServerInUse, any_of, read_standing
+from upstream.credentials import Credentials
+from upstream.dial import Dialer, Server, ServerInUse, any_of
 from upstream.endpoints import Endpoint
 from upstream.errors import CallFailed, Logger, NullLogger, Unreachable
 from upstream.namespace import Namespace
@@ -38,9 +39,10 @@ from upstream.watch_route import Route
 from upstream.watching import effects as watch_effects
 from upstream.watching.call import UpstreamWatchCall
 from upstream.watching.choice import EndpointPolicy, SearchGoal, on_stream_end
+from upstream.watching.history_check import HistoryCheck
 from upstream.watching.leader import LeaderCall
-from upstream.watching.lineage import HistoryTracker, HistoryVerdict, described
 from upstream.watching.listener import WatchListener
+from upstream.watching.own_user import OwnUserLogin
 from upstream.watching.places import StreamPlaces
 from upstream.watching.route import RouteCheck
 from upstream.watching.state import WatchState
@@ -83,16 +85,13 @@ class WatchClient:
         self._moved = asyncio.Event()
         # The id of the watched cluster; None while no server has returned it.
         self._cluster_id: int | None = None
-        self._lineage = HistoryTracker()
+        status_s = self._settings.status_timeout_s
+        self._history = HistoryCheck(self._own, status_s, self._log, listener.other_history)
+        self._own_user = OwnUserLogin(credentials, self._own, status_s, self._log, self._logged_in)
         self._choice = EndpointPolicy()
         self._route = RouteCheck(self._dialer, self._cut_off)
-        # The task that checks the history again.
-        self._recognition: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
-        self._credentials = credentials
-        # The task that gets a new token for the proxy's own user.
-        self._login: asyncio.Task[None] | None = None
-        # The next check for unanswered creates.
+        # The next call of `_look_again`.
         self._look: asyncio.TimerHandle | None = None
         # A pending registration of watches whose stream ended.
         self._register_timer: asyncio.TimerHandle | None = None
@@ -230,7 +229,7 @@ class WatchClient:
     def revision_regressed(self, revision: int) -> None:
         """Accept that the store is at `revision`, below what was seen before (restored from a snapshot)."""
         self._state.newest_revision = revision
-        self._lineage.went_back(self._server.standing if self._server is not None else None)
+        self._history.went_back(self._server)
 
     async def find_foreign_cluster(self, endpoints: Sequence[Endpoint]) -> str | None:
         """Return the first endpoint of another cluster than the watched one; None: all that answer are of it."""
@@ -241,9 +240,8 @@ class WatchClient:
         return next((text for text, cluster_id in clusters.items() if cluster_id != known), None)
 
     def set_endpoints(self, endpoints: Sequence[Endpoint]) -> None:
-        """
-        Replace the list of endpoints by another one of the same cluster; watches stay at the server in use until one of
-        the new endpoints serves.
+        """Replace the list of endpoints by another one of the same cluster; watches stay at the server in use until one
+        of the new endpoints serves.
 
         The listener only gets `resumed`.
         """
@@ -276,7 +274,7 @@ class WatchClient:
                 case watch_effects.WatchLost():
                     listener.lost(effect.watch, effect.status, effect.text)
                 case watch_effects.TokenRefused():
-                    self._log_in_again(effect.token)
+                    self._token_refused(effect.token)
 
     def take(self, stream: WatchStream, response: WatchResponse) -> None:
         """Handle a response that arrived on a stream."""
@@ -342,16 +340,22 @@ class WatchClient:
             self._server.target.backoff.succeeded(asyncio.get_running_loop().time())
             self._apply(self._state.register())
 
-    def _look_at_creates(self) -> None:
-        """Report creates that stay unanswered, and give up the streams of those that have a token."""
-        loop = asyncio.get_running_loop()
-        self._look = loop.call_later(self._settings.create_timeout_s / 4, self._look_at_creates)
+    def _look_later(self) -> None:
+        self._look = asyncio.get_running_loop().call_later(self._settings.create_timeout_s / 4, self._look_again)
+
+    def _look_again(self) -> None:
+        """Check the server in use from time to time: its history, its route, and whether it answers creates."""
+        self._look_later()
         if self._server is not None:
-            self._look_at_history(self._server)
+            self._history.look(self._server, self._state.newest_revision)
             if self._dialer.has_route and not self._choice.cut_off:
                 self._route.look(self._server, self._own(self._server))
+        self._look_at_creates()
+
+    def _look_at_creates(self) -> None:
+        """Report creates that stay unanswered, and give up the streams of those that have a token."""
         before = self._unanswered.problem
-        given_up, reported = self._unanswered.look(self._state.streams(), loop.time())
+        given_up, reported = self._unanswered.look(self._state.streams(), asyncio.get_running_loop().time())
         for _ in range(reported):
             self._dialer.timeouts["create_timeout_s"] += 1
             self._log.warning("etcd does not answer requests for watches", waited_s=self._settings.create_timeout_s)
@@ -382,7 +386,7 @@ class WatchClient:
     async def _run(self) -> None:
         while True:
             server = await self._dialer.dial(self._acceptable)
-            if not await self._recognise(server):
+            if not await self._history.passes(server):
                 self._turn_down(server)
                 continue
             await self._log_in(server)
@@ -394,7 +398,7 @@ class WatchClient:
                     await any_of(self._lost, self._moved)
                     continue
                 better = await self._dialer.dial_unless(partial(self._is_better, wanted), self._lost, self._moved)
-                if better is not None and not await self._recognise(better):
+                if better is not None and not await self._history.passes(better):
                     self._turn_down(better)
                 elif better is not None:
                     await self._log_in(better)
@@ -405,26 +409,6 @@ class WatchClient:
             self.breaks += 1
             self._listener.broken()
 
-    async def _recognise(self, server: Server) -> bool:
-        """Check whether the store has the same history as before, see `lineage`, before the server is used. False: the
-        store may be another one, and the server does not answer.
-        """
-        known, now = self._lineage.known, server.standing
-        if now is None or self._lineage.seen(now) is not HistoryVerdict.SUSPECT or known is None:
-            return True
-        later = await read_standing(self._own(server), self._settings.status_timeout_s)
-        verdict = self._lineage.seen_again(now, later)
-        if verdict is HistoryVerdict.OTHER:
-            self._log.warning(
-                "etcd has another history: it was restored from a snapshot or replaced; watches are cancelled",
-                endpoint=server.target.endpoint.text,
-                **described(known, now),
-            )
-            self._listener.other_history(now.header)
-            # Again: `revision_regressed`, which the listener may have called, does not know this position.
-            self._lineage.went_back(now)
-        return verdict is not HistoryVerdict.UNKNOWN
-
     def _turn_down(self, server: Server) -> None:
         """Reject a server that was just found, and retry it later."""
         problem = "its store may have been restored, and it did not return its status again"
@@ -432,46 +416,25 @@ class WatchClient:
         server.target.failed(asyncio.get_running_loop().time())
         server.connection.close()
 
-    async def _recognise_again(self, server: Server) -> None:
-        server.standing = await read_standing(self._own(server), self._settings.status_timeout_s)
-        await self._recognise(server)
-        self._recognition = None
-
-    def _look_at_history(self, server: Server) -> None:
-        """Check the history again once the store has passed the known revision, if it had not when connected."""
-        if self._lineage.wants_a_look(server.standing, self._state.newest_revision) and self._recognition is None:
-            again = self._recognise_again(server)
-            self._recognition = asyncio.get_running_loop().create_task(again, name="recognise upstream")
-
     def _cut_off(self) -> None:
         """Look for another proxy: the one in use has no server for its own watches."""
         self._choice.cut_off = True
         self._moved.set()
 
     async def _log_in(self, server: Server) -> None:
-        """Get a new token for the proxy's own user before any watch registers. Login is impossible without a leader.
+        """Get a token of the proxy's own user before any watch registers. Without a leader the old one stays."""
+        if self._own_user.is_possible(server):
+            self._state.own_token = await self._own_user.token(server)
 
-        A new token for each server: the old one may not be valid there.
-        """
-        if self._credentials is not None and server.has_leader:
-            self._state.own_token = await self._new_token(server, self._credentials)
-
-    async def _new_token(self, server: Server, credentials: Credentials) -> bytes | None:
-        return await log_in(self._own(server), credentials, self._settings.status_timeout_s, self._log)
-
-    def _log_in_again(self, refused: bytes | None) -> None:
+    def _token_refused(self, refused: bytes | None) -> None:
         """Get a new token after the server refused that of the proxy's own user: trunks wait for it."""
         if self._state.own_token == refused:
             self._state.own_token = None
-        if self._login is None and self._server is not None and self._credentials is not None:
-            login = self._renew_token(self._server, self._credentials)
-            self._login = asyncio.get_running_loop().create_task(login, name="login upstream")
+        if self._server is not None:
+            self._own_user.renew(self._server)
 
-    async def _renew_token(self, server: Server, credentials: Credentials) -> None:
-        token = await self._new_token(server, credentials)
-        self._login = None
-        if self._server is server:
-            self._apply(self._state.logged_in(token))
+    def _logged_in(self, token: bytes | None) -> None:
+        self._apply(self._state.logged_in(token))
 
     def _is_better(self, wanted: SearchGoal, server: Server) -> bool:
         return self._choice.is_better(wanted, server.has_leader)
@@ -517,7 +480,7 @@ class WatchClient:
             self._listener.header_seen(server.header)
         self._apply(self._state.connect(server.ordered_progress, revision))
         self._leader_call.use(not self.leaderless)
-        self._look = asyncio.get_running_loop().call_later(self._settings.create_timeout_s / 4, self._look_at_creates)
+        self._look_later()
         self._listener.resumed()
 
     def _own(self, server: Server) -> ClientConnection:
@@ -540,7 +503,7 @@ class WatchClient:
         try:
             if not self._acceptable(other):
                 raise Unreachable(where, "it has no leader", "check the other members of the cluster")
-            if not await self._recognise(other):
+            if not await self._history.passes(other):
                 raise Unreachable(
                     where, "its store may have been restored, and it did not return its status again", "check its log"
                 )
@@ -583,10 +546,8 @@ class WatchClient:
 
     def _drop_server(self) -> None:
         server, self._server = self._server, None
-        for task in (self._login, self._recognition):
-            if task is not None:
-                task.cancel()
-        self._login = self._recognition = None
+        self._own_user.leave()
+        self._history.leave()
         self._route.leave()
         self._state.disconnect()
         self._leader_call.leave()
