@@ -22,8 +22,7 @@ class ScanError(ValueError):
 
 
 def fields(data: bytes, pos: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """
-    Walk the fields of the message data[pos:end].
+    """Walk the fields of the message data[pos:end].
 
     Yields for each field its tag, its start, the start and end of its content (after tag and length), and its value as
     an unsigned 64-bit number if it is a varint, else 0. Raises ScanError, IndexError.
@@ -62,8 +61,7 @@ def fields(data: bytes, pos: int, end: int) -> Iterator[tuple[int, int, int, int
 
 
 def long_number(data: bytes, pos: int, value: int) -> tuple[int, int]:
-    """
-    Read the rest, from `pos` on, of a varint whose first byte is `value`.
+    """Read the rest, from `pos` on, of a varint whose first byte is `value`.
 
     Returns it as an unsigned 64-bit number, and the position after it. The loop is unrolled for two to four bytes, the
     usual size of a revision.

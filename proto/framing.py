@@ -94,8 +94,7 @@ def frame(message: bytes, compressed: bool = False) -> bytes:
 
 
 class MessageReader:
-    """
-    Splits the bytes of one direction of a call into messages.
+    """Splits the bytes of one direction of a call into messages.
 
     max_message_bytes bounds one message, both on the wire and decompressed. `decompress` is the call's grpc-encoding,
     None for "identity": then a message marked as compressed is an error.
@@ -120,8 +119,7 @@ class MessageReader:
         return self._buffer is not None
 
     def feed(self, data: bytes) -> list[bytes]:
-        """
-        Take the next bytes of the stream and return the messages that they complete.
+        """Take the next bytes of the stream and return the messages that they complete.
 
         Raises FramingError: RESOURCE_EXHAUSTED for a message above the bound, as soon as its prefix is known; INTERNAL
         for a bad prefix or bad compression. Messages before it in the same `data` are lost, and so is the rest of the
@@ -181,8 +179,7 @@ _AMOUNT_MAX: Final = 10**TIMEOUT_DIGITS_MAX - 1
 
 
 def encode_timeout(seconds: float) -> bytes:
-    """
-    Return the grpc-timeout value for `seconds`, in the finest unit whose number fits, rounded up.
+    """Return the grpc-timeout value for `seconds`, in the finest unit whose number fits, rounded up.
 
     Zero or less becomes `0n`; more than the format can express becomes its maximum, 99999999 hours.
     Raises ValueError for NaN.
@@ -218,8 +215,7 @@ def encode_message(text: str) -> bytes:
 
 
 def decode_message(value: bytes) -> str:
-    """
-    Return the text of a grpc-message value.
+    """Return the text of a grpc-message value.
 
     Never fails, as the specification asks: an invalid escape is kept, invalid UTF-8 becomes U+FFFD.
     """

@@ -28,8 +28,7 @@ class GenerateError(Exception):
 
 
 def generate(into: Path) -> list[Path]:
-    """
-    Write the generated code below the folder `into`, as proto/pb/*, and return its paths, sorted.
+    """Write the generated code below the folder `into`, as proto/pb/*, and return its paths, sorted.
 
     gRPC modules are generated only for files that declare a service. Raises GenerateError.
     """

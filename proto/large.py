@@ -72,8 +72,7 @@ class LargeResponse:
             self._find_head()
 
     def cut(self) -> bytes | None:
-        """
-        Return a message with the next whole events; None if more bytes are needed first.
+        """Return a message with the next whole events; None if more bytes are needed first.
 
         Raises ScanError, EventTooLarge: that event is not taken, and only `skip` may be called after it.
         """

@@ -20,8 +20,7 @@ COMPACT_BYTES: Final = 16 * 1024
 
 
 class PacedMessageReader:
-    """
-    Splits the bytes of one direction of a call into messages, one for each `next`.
+    """Splits the bytes of one direction of a call into messages, one for each `next`.
 
     max_message_bytes bounds one message, both on the wire and decompressed. `decompress` is the call's grpc-encoding;
     with None a message marked as compressed is an error.
@@ -69,8 +68,7 @@ class PacedMessageReader:
         return self._inflater is None and len(self._buffer) == self._start
 
     def next(self) -> bytes | None:
-        """
-        Return the next message. None: no complete one is buffered, or (`busy`) one more step of it was decompressed.
+        """Return the next message. None: no complete one is buffered, or (`busy`) one more step of it was decompressed.
 
         Raises FramingError as `MessageReader.feed` does; do not call it again after that.
         """

@@ -219,8 +219,7 @@ _near = _HeaderTemplate(b"\n", b"\n", 0, 0, 0, 0, 0)
 
 
 def scan_watch_response(data: bytes) -> WatchResponse:
-    """
-    Decode a WatchResponse.
+    """Decode a WatchResponse.
 
     Invalid UTF-8 in a cancel_reason is replaced by U+FFFD: etcd's Go code does not check it, and it is text for people.
     Raises ScanError where a protobuf library would reject the bytes, and for groups, which etcd does not use.

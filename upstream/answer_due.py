@@ -31,8 +31,7 @@ class AnswerDue:
             self.since = now
 
     def is_overdue(self, now: float) -> bool:
-        """
-        Whether the server has sent nothing for ANSWER_DUE_S since a call was sent.
+        """Whether the server has sent nothing for ANSWER_DUE_S since a call was sent.
 
         This stays true while calls are open. Without open calls it ends after TRY_AGAIN_S: one call tests the server.
         """

@@ -70,8 +70,7 @@ class EtcdWatcher:
         settings: UpstreamSettings | None = None,
         log: Logger | None = None,
     ) -> None:
-        """
-        `endpoints` as etcdctl takes them; `tls` from `upstream.tls.client_context`; `token` from Auth.Authenticate.
+        """`endpoints` as etcdctl takes them; `tls` from `upstream.tls.client_context`; `token` from Auth.Authenticate.
 
         Raises BadEndpoint.
         """
@@ -96,9 +95,8 @@ class EtcdWatcher:
         start_revision: int | None = None,
         prev_kv: bool = False,
     ) -> AsyncIterator[rpc_pb2.WatchResponse]:
-        """
-        Yield responses with events of `key`, or of the keys from it up to `range_end`, from `start_revision` or
-        from now.
+        """Yield responses with events of `key`, or of the keys from it up to `range_end`, from `start_revision` or from
+        now.
 
         The first response has no events: it is `created`, and its header's revision is "now". Waits while no etcd
         answers. Raises Compacted when a compaction removed events of the watch, CallFailed when etcd refuses the watch.

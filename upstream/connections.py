@@ -66,9 +66,8 @@ class Connections:
         on_ended: Callable[[ClientConnection, bool], None],
         on_lost: Callable[[Unreachable], None],
     ) -> None:
-        """
-        `open_another` connects to the endpoint; it raises Unreachable. `on_change`: calls that wait for a place may try
-        again, or `full` has changed. `on_ended`: this connection takes no more calls; True: its server closed it in
+        """`open_another` connects to the endpoint; it raises Unreachable. `on_change`: calls that wait for a place may
+        try again, or `full` has changed. `on_ended`: this connection takes no more calls; True: its server closed it in
         good order. `on_lost`: no connection is left.
 
         `on_lost` may be called before this returns, if `first` has ended already.
@@ -129,9 +128,8 @@ class Connections:
         return any(connection.answer_due.is_overdue(now) for connection in self._open)
 
     def pick(self, own: bool = False) -> ClientConnection | None:
-        """
-        Return a connection with a place for a call; None when there is none now: `on_change` is called when it is worth
-        trying again. `own`: the call is the proxy's own.
+        """Return a connection with a place for a call; None when there is none now: `on_change` is called when it is
+        worth trying again. `own`: the call is the proxy's own.
         """
         if self._open and (connection := self._open[0]).room > _AHEAD_MAX and not self.full and self._report is None:
             # The usual case: the server sets no limit, or it is far from reached.

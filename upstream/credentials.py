@@ -29,8 +29,7 @@ class Credentials:
 
 
 async def log_in(connection: ClientConnection, credentials: Credentials, timeout_s: float, log: Logger) -> bytes | None:
-    """
-    Get a token for the proxy's own user; None, with the reason logged, when etcd does not give one.
+    """Get a token for the proxy's own user; None, with the reason logged, when etcd does not give one.
 
     None without a log message when auth is off.
     """

@@ -33,8 +33,7 @@ _VERSION: Final = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
 
 
 def has_ordered_progress(version: str) -> bool:
-    """
-    Whether an etcd of this version answers manual progress requests in order with events, for quiet watches too.
+    """Whether an etcd of this version answers manual progress requests in order with events, for quiet watches too.
 
     Fixed in 3.4.31 and 3.5.13 (etcd pull requests 15237, 17563 and their backports).
     """

@@ -41,8 +41,7 @@ def record_names(domain: str, service_name: str = "") -> dict[str, str]:
 async def discover(
     domain: str, service_name: str = "", insecure: bool = False, resolver: Resolver | None = None
 ) -> list[str]:
-    """
-    Return the endpoints in a domain's SRV records, those with TLS first, each kind by priority and weight.
+    """Return the endpoints in a domain's SRV records, those with TLS first, each kind by priority and weight.
 
     `insecure`: include members without TLS. `resolver`: by default the system's. Raises NotDiscovered.
     """

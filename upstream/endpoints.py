@@ -55,8 +55,7 @@ class Endpoint:
 
 
 def parse_endpoints(text: str | Sequence[str]) -> list[Endpoint]:
-    """
-    Parse a list of endpoints, separated by commas or given as a sequence; duplicates are dropped.
+    """Parse a list of endpoints, separated by commas or given as a sequence; duplicates are dropped.
 
     Raises BadEndpoint, which names the endpoint and the problem.
     """
@@ -119,8 +118,7 @@ def _host_and_port(text: str, where: str) -> tuple[str, int]:
 
 
 class Backoff:
-    """
-    How long to wait before an endpoint is retried: not at all the first time, then doubling, with jitter.
+    """How long to wait before an endpoint is retried: not at all the first time, then doubling, with jitter.
 
     A success alone does not reset the delay: an endpoint that accepts connections and drops them at once would be
     hammered. The endpoint must have worked for as long as the longest delay.

@@ -35,8 +35,7 @@ class BadTls(UpstreamError):
 
 
 class Unreachable(UpstreamError):
-    """
-    An endpoint cannot be reached, or the server there is not an etcd.
+    """An endpoint cannot be reached, or the server there is not an etcd.
 
     `limit`: the name of the limit that was reached (see `settings`); "" for any other reason.
     """

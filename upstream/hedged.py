@@ -116,9 +116,9 @@ class HedgedCall:
     def __init__(
         self, endpoints: Endpoints, hedging: Hedging, request: Request, deadline: float, callback: OutcomeCallback
     ) -> None:
-        """
-        `callback` is called once with the outcome: the answer, or CallFailed with the status that an endpoint returned,
-        UNAVAILABLE "no leader" only if every endpoint returned it, DEADLINE_EXCEEDED at `deadline` (loop time).
+        """`callback` is called once with the outcome: the answer, or CallFailed with the status that an endpoint
+        returned, UNAVAILABLE "no leader" only if every endpoint returned it, DEADLINE_EXCEEDED at `deadline` (loop
+        time).
         """
         self.deadline = deadline
         self._loop = asyncio.get_running_loop()

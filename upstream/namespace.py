@@ -54,8 +54,7 @@ class Namespace:
             kv.key = kv.key.removeprefix(self.prefix)
 
     def scan(self, data: bytes) -> WatchResponse:
-        """
-        Read an encoded WatchResponse of etcd, with the keys as clients see them.
+        """Read an encoded WatchResponse of etcd, with the keys as clients see them.
 
         Its events are decoded for that, once for all clients. Raises ScanError.
         """

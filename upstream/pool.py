@@ -79,8 +79,7 @@ class Pool:
             slot.start()
 
     def set_endpoints(self, endpoints: Sequence[Endpoint]) -> None:
-        """
-        Replace the list of endpoints by another one of the same cluster, during operation.
+        """Replace the list of endpoints by another one of the same cluster, during operation.
 
         Endpoints that stay keep their connections. Removed endpoints serve until one that stays or is new works; then
         they get no new calls, and their open calls continue until they end.
@@ -116,8 +115,7 @@ class Pool:
         self.changed()
 
     def pick(self, own: bool = False) -> ClientConnection | None:
-        """
-        Return a connection that takes a call, of the next endpoint in turn; None when there is none now.
+        """Return a connection that takes a call, of the next endpoint in turn; None when there is none now.
 
         An endpoint that owes an answer is used only when all of them do: its etcd may hang. `own`: the call is one of
         the proxy's own, for which some places are reserved.
@@ -139,8 +137,7 @@ class Pool:
         return None
 
     def own_endpoints(self) -> list[str]:
-        """
-        Return the endpoints for one of the proxy's own calls, in the order of attempts.
+        """Return the endpoints for one of the proxy's own calls, in the order of attempts.
 
         Serving endpoints come first, round-robin; then those that owe an answer, then those that do not serve.
         """
@@ -162,8 +159,7 @@ class Pool:
         return None
 
     def answered(self, connection: ClientConnection, status: int, text: str) -> bool:
-        """
-        Take the status of an answer other than OK: it may show that its member does not serve.
+        """Take the status of an answer other than OK: it may show that its member does not serve.
 
         Return whether to send the call again: its member refused it unprocessed, and another member serves.
         """
@@ -220,8 +216,7 @@ class Pool:
         self._listeners.append(callback)
 
     async def wait_available(self, timeout_s: float | None = None, own: bool = False) -> ClientConnection:
-        """
-        Return a connection as soon as there is one.
+        """Return a connection as soon as there is one.
 
         Raises CallFailed: UNAVAILABLE once every endpoint has failed, DEADLINE_EXCEEDED after `timeout_s` seconds.
         """
@@ -248,8 +243,8 @@ class Pool:
         *,
         has_leader: bool = False,
     ) -> HedgedCall:
-        """
-        Make an idempotent call with one message each way; `callback` is called with the outcome, except after `cancel`.
+        """Make an idempotent call with one message each way; `callback` is called with the outcome, except after
+        `cancel`.
 
         Each working endpoint gets the call at most once, by name: the next one when an answer is late or is a failure
         that the request itself did not cause (see `upstream.hedged`). If an endpoint is connected, the first one gets

@@ -69,8 +69,7 @@ def client_context(
     insecure_skip_verify: bool = False,
     protocols: Sequence[str] = _HTTP2,
 ) -> FileContext:
-    """
-    Return the context for connections to an etcd; the parameters are named like etcdctl's flags.
+    """Return the context for connections to an etcd; the parameters are named like etcdctl's flags.
 
     Without `cacert` the system's authorities are trusted. `insecure_skip_verify` accepts any server. `protocols` are
     offered by ALPN. Raises BadTls.
@@ -99,8 +98,7 @@ def server_context(
     min_version: str = "TLS1.2",
     protocols: Sequence[str] = _ANY_HTTP,
 ) -> FileContext:
-    """
-    Return the context for a listener. With `trusted_ca` or `client_cert_auth` clients must present a certificate.
+    """Return the context for a listener. With `trusted_ca` or `client_cert_auth` clients must present a certificate.
 
     `min_version` is one of TLS_VERSIONS. Raises BadTls.
     """
@@ -154,8 +152,7 @@ def _stamps(files: Sequence[str]) -> tuple[object, ...]:
 
 
 def _check_in_use(cert: str, key: str, protocol: int) -> float:
-    """
-    Do a handshake with ourselves, so that an unusable certificate is reported before any connection fails.
+    """Do a handshake with ourselves, so that an unusable certificate is reported before any connection fails.
 
     Returns when the certificate expires, in seconds since the epoch.
 

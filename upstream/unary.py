@@ -23,8 +23,7 @@ GRACE_S: Final = 0.25
 
 
 class NotProcessed(CallFailed):
-    """
-    The server has not processed the call: it can be sent again.
+    """The server has not processed the call: it can be sent again.
 
     `rotated`: because the server was closing the connection, for a reason unrelated to the call.
     """
@@ -102,8 +101,8 @@ def start_unary(
     message_bytes_max: int,
     callback: Callable[[Answer | CallFailed], None],
 ) -> UnaryCall:
-    """
-    Send a call; `callback` is called once with the outcome, after this returns. `timeout_s` is only sent to the server.
+    """Send a call; `callback` is called once with the outcome, after this returns. `timeout_s` is only sent to the
+    server.
 
     Raises NotSent when the connection takes no calls.
     """
@@ -136,8 +135,7 @@ async def call_unary(
     timeout_s: float | None = None,
     message_bytes_max: int = 64 << 20,
 ) -> Answer:
-    """
-    Call `path` (such as `/etcdserverpb.KV/Range`) and return the answer's message and trailers.
+    """Call `path` (such as `/etcdserverpb.KV/Range`) and return the answer's message and trailers.
 
     Raises CallFailed with the status of the answer, DEADLINE_EXCEEDED after `timeout_s` seconds; NotProcessed when
     it can safely be sent again; NotSent when the connection takes no calls.

@@ -112,8 +112,7 @@ class Auth:
             raise StoreError(errors.PERMISSION_DENIED)
 
     def check_put(self, user: str | None, request: rpc_pb2.PutRequest, lease_keys: LeaseKeys) -> None:
-        """
-        Refuse a put. Raises StoreError.
+        """Refuse a put. Raises StoreError.
 
         The user must have write permission on all keys of the lease too, since revoking the lease deletes them.
         """

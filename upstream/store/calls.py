@@ -52,8 +52,7 @@ class Traffic:
 
 
 def _without_code(refusal: StoreRefusal) -> StoreRefusal:
-    """
-    Remove the code from a refusal of Lock or Election.
+    """Remove the code from a refusal of Lock or Election.
 
     In etcd these two services are clients of the others (v3client), and errors lose their code on the way, except
     gRPC's own errors.
@@ -135,8 +134,7 @@ class Calls:
         codeless: bool = False,
         check: Callable[[Request], None] | None = None,
     ) -> Handler:
-        """
-        Make the handler of a unary method.
+        """Make the handler of a unary method.
 
         `write`: the size limit of writes applies. `maintenance`: only administrators may call it. `codeless`: refusals
         lose their code. `check` raises for requests that are malformed for any user; it decides the error when the

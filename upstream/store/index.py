@@ -21,8 +21,7 @@ CHUNK_KEYS_MAX = 2000
 
 @dataclass(slots=True, eq=False)
 class RevisionRecord:
-    """
-    One change of one key. Immutable; shared by the index, the log and the events.
+    """One change of one key. Immutable; shared by the index, the log and the events.
 
     A tombstone has only key, mod_revision and sub_revision, as etcd's delete events do.
     """
@@ -189,8 +188,7 @@ class KeyIndex:
         return found
 
     def compact(self, key: bytes, revision: int) -> list[RevisionRecord]:
-        """
-        Drop a key's records that no read at `revision` or later can see; return the dropped ones.
+        """Drop a key's records that no read at `revision` or later can see; return the dropped ones.
 
         The newest record at or below `revision` stays, except a tombstone below it. A tombstone exactly at it stays: a
         watch from the compact revision still gets the DELETE (etcd 3.5.18, keyIndex.compact).

@@ -67,8 +67,7 @@ class Journal(JournalRecorder):
     """A recorder that stores everything in a file."""
 
     def __init__(self, directory: Path, cluster_id: int, member_id: int) -> None:
-        """
-        Open the directory's file, or create both; the ids are used for a new file only.
+        """Open the directory's file, or create both; the ids are used for a new file only.
 
         Raises StoreDataError. The file's contents are held until `take_stored` returns them.
         """

@@ -19,8 +19,7 @@ COMPACT_KEYS_PER_STEP = 1000
 
 
 async def sync_watchers(watchable: WatchableStore) -> None:
-    """
-    Catch up unsynced watchers.
+    """Catch up unsynced watchers.
 
     As etcd's syncWatchersLoop: while batches complete watchers, the next batch follows after as much time as the last
     one took, otherwise after SYNC_INTERVAL_S. The first unsynced watcher does not wait.

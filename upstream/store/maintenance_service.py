@@ -87,8 +87,7 @@ class MaintenanceService(StoreService):
         return self._state.filled(response)
 
     async def _hash(self, revision: int) -> int:
-        """
-        Hash the records up to a revision that compaction keeps, in order of revision, yielding to calls in between.
+        """Hash the records up to a revision that compaction keeps, in order of revision, yielding to calls in between.
 
         CRC-32 instead of etcd's CRC-32C: the values only have to match between members of one cluster.
         """

@@ -72,8 +72,7 @@ class Mvcc:
     # Reading
 
     def range(self, key: bytes, range_end: bytes = b"", revision: int = 0, *, now: int | None = None) -> RangeResult:
-        """
-        Read the records of [key, range_end) at a revision; 0 or below = the newest.
+        """Read the records of [key, range_end) at a revision; 0 or below = the newest.
 
         range_end b"" = the key alone, FROM_KEY = without end. `now` is the newest revision as the reader sees it: in a
         write transaction, one more than the store's once the transaction has changed something.
@@ -89,8 +88,7 @@ class Mvcc:
         return RangeResult(self.index.range(key, range_end, at), newest)
 
     def check_readable(self, revision: int) -> None:
-        """
-        Refuse a revision that a transaction's range may not read (etcd txn/range.go, checkRange).
+        """Refuse a revision that a transaction's range may not read (etcd txn/range.go, checkRange).
 
         Stricter than `range`: a negative revision counts as compacted, but only once the store was compacted.
 
@@ -130,8 +128,7 @@ class Mvcc:
     # Compaction
 
     def compact(self, revision: int) -> None:
-        """
-        Refuse reads below `revision` from now on; `compact_step` frees the space.
+        """Refuse reads below `revision` from now on; `compact_step` frees the space.
 
         Raises StoreError: COMPACTED when the revision is compacted already, FUTURE_REVISION.
         """
@@ -197,8 +194,7 @@ def weight(record: RevisionRecord) -> int:
 
 
 class WriteTxn:
-    """
-    Changes that become visible together, as one revision.
+    """Changes that become visible together, as one revision.
 
     Its reads see its own changes. It cannot be rolled back: callers make all checks before it begins.
     """

@@ -50,8 +50,7 @@ class LockQueue:
         return granted.ID
 
     async def enter(self, lease_id: int, value: bytes) -> tuple[bytes, rpc_pb2.TxnResponse]:
-        """
-        Join the line with a lease's key, unless the key exists already.
+        """Join the line with a lease's key, unless the key exists already.
 
         Return the key and the transaction's answer: its only response has the key-value if the key existed. Raises
         StoreError when the lease does not exist.

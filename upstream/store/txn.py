@@ -106,8 +106,7 @@ Deletes = list[tuple[bytes, bytes]]
 
 
 def _check_overlaps(branch: Iterable[rpc_pb2.RequestOp]) -> tuple[set[bytes], Deletes]:
-    """
-    Refuse a put of a key that the same branch also puts or deletes; return the puts and deletes for the level above.
+    """Refuse a put of a key that the same branch also puts or deletes; return the puts and deletes for the level above.
 
     As etcd's checkIntervals: the two branches of a nested transaction may share keys, and a delete in a later nested
     transaction does not conflict with a put in an earlier one. A range_end of b"\\x00" is compared like any other.
@@ -253,8 +252,7 @@ def decide(mvcc: Mvcc, request: rpc_pb2.TxnRequest) -> Branch:
 
 
 def check_branch(mvcc: Mvcc, branch: Branch, lease_exists: LeaseExists) -> None:
-    """
-    Refuse a transaction if one of its operations could not run. Raises StoreError.
+    """Refuse a transaction if one of its operations could not run. Raises StoreError.
 
     All puts are checked before all ranges, as in etcd 3.5: the order decides which error the client gets.
     """
@@ -264,8 +262,7 @@ def check_branch(mvcc: Mvcc, branch: Branch, lease_exists: LeaseExists) -> None:
 
 
 def check_nothing_kept_is_deleted(branch: Branch, deletes: Deletes | None = None) -> None:
-    """
-    Refuse a put that keeps the value or lease of a key which the same transaction deletes first. Raises StoreError.
+    """Refuse a put that keeps the value or lease of a key which the same transaction deletes first. Raises StoreError.
 
     etcd up to 3.6 lacks this check and crashes in the middle of the transaction (etcdserver/txn/put.go), then again at
     every restart.

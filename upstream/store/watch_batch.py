@@ -127,8 +127,7 @@ class ResponseHead:
 
 
 def encode_message(head: ResponseHead, message: WatchMessage, fragment_bytes: int = FRAGMENT_BYTES) -> list[bytes]:
-    """
-    Encode a message; a large message of a watch with `fragment` gives more than one piece.
+    """Encode a message; a large message of a watch with `fragment` gives more than one piece.
 
     No other message may be sent between the pieces on a stream (etcd v3rpc/watch.go, sendFragments).
     """

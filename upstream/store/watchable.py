@@ -371,8 +371,7 @@ class ServedStream:
         fragment: bool = False,
         progress_notify: bool = False,
     ) -> int:
-        """
-        Create a watch and queue the answer, `created` or a refusal; return its id, INVALID_WATCH_ID if refused.
+        """Create a watch and queue the answer, `created` or a refusal; return its id, INVALID_WATCH_ID if refused.
 
         Arguments are as on the wire: start_revision 0 = now, watch_id 0 = automatic.
         """

@@ -117,8 +117,7 @@ def on_stream_end(
     healthy: bool,
     works: bool,
 ) -> StreamEndAction:
-    """
-    Decide what to do after a stream at `server` ended with a status.
+    """Decide what to do after a stream at `server` ended with a status.
 
     `moved`: the stream ended because its connection did; `healthy`: there is another connection to the server; `works`:
     the server has answered a create since it is in use, on any stream.

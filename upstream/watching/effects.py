@@ -43,8 +43,7 @@ class WatchReceived:
 
 @dataclass(slots=True, eq=False)
 class Progressed:
-    """
-    These watches, if any, are complete through header.revision, a revision that the server had after the progress
+    """These watches, if any, are complete through header.revision, a revision that the server had after the progress
     request with this number was made (0: unknown).
     """
 

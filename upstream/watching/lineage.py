@@ -28,8 +28,7 @@ class RaftPosition(NamedTuple):
 
 
 def is_suspect(before: RaftPosition, now: RaftPosition) -> bool:
-    """
-    Whether `now` may be of another history than `before`.
+    """Whether `now` may be of another history than `before`.
 
     Under load this may be a false positive, since the fields of an answer are not read at one instant. It is certain if
     it still holds with a `committed` from a later answer.
@@ -96,9 +95,8 @@ class HistoryTracker:
         self.known = now
 
     def wants_a_look(self, connected: RaftPosition | None, newest_revision: int) -> bool:
-        """
-        Whether to read the store's position once more: when connected, its revision was not above the known one, which
-        proves nothing, and it has passed that since (`newest_revision`).
+        """Whether to read the store's position once more: when connected, its revision was not above the known one,
+        which proves nothing, and it has passed that since (`newest_revision`).
         """
         known = self.known
         if known is None or connected is None or connected is known:

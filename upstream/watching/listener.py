@@ -15,14 +15,12 @@ class WatchListener(Protocol[Opened]):
     """The callbacks; `watch` is always the object that was opened."""
 
     def received(self, watch: Opened, response: WatchResponse) -> None:
-        """
-        Whole revisions of events, none of them delivered before; or `created`, once; or a bookmark: no events, complete
-        through header.revision; or `canceled` with compact_revision, which ends the watch.
+        """Whole revisions of events, none of them delivered before; or `created`, once; or a bookmark: no events,
+        complete through header.revision; or `canceled` with compact_revision, which ends the watch.
         """
 
     def progressed(self, watches: Iterable[Opened], header: Header, number: int) -> None:
-        """
-        These watches, if any, are complete through header.revision, a revision that the server had after
+        """These watches, if any, are complete through header.revision, a revision that the server had after
         `request_progress` was called with this number (0: unknown).
         """
 
@@ -36,8 +34,7 @@ class WatchListener(Protocol[Opened]):
         """The header of an answer that no other callback passes on."""
 
     def other_history(self, header: Header) -> None:
-        """
-        The store was restored from a snapshot or replaced, and is at this revision: what was reported before is no
+        """The store was restored from a snapshot or replaced, and is at this revision: what was reported before is no
         longer valid. Usually called before any watch registers there.
         """
 

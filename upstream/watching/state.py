@@ -150,8 +150,7 @@ class WatchState:
         return registration.stream
 
     def request_progress(self, number: int, watches: Iterable[OpenedWatch] | None = None) -> list[WatchEffect]:
-        """
-        Request progress on the streams of these watches, or (None) on all streams; `number` is the listener's number
+        """Request progress on the streams of these watches, or (None) on all streams; `number` is the listener's number
         for this request, higher each time.
 
         A request waits for the outstanding creates, since its answer would prove nothing about them. Answers may never
@@ -439,8 +438,7 @@ class WatchState:
     def _piece(
         self, stream: WatchStream, registration: Registration, response: WatchResponse, effects: list[WatchEffect]
     ) -> None:
-        """
-        Handle events within a run of pieces: pass on the complete revisions.
+        """Handle events within a run of pieces: pass on the complete revisions.
 
         The last revision of a piece may continue in the next one, so it is held back; the whole run, which could be a
         thousand revisions, is never held. What is passed on is marked as a fragment while the run continues.
@@ -533,8 +531,7 @@ class WatchState:
         return 0 < self.newest_revision < start
 
     def _create(self, stream: WatchStream, registration: Registration, effects: list[WatchEffect]) -> None:
-        """
-        Send a create from the registration's position; from now, if that is above the newest known revision.
+        """Send a create from the registration's position; from now, if that is above the newest known revision.
 
         Without fragments: in etcd (sendFragments in api/v3rpc/watch.go) the time for a fragment grows with the square
         of its number of events, while all other responses on the stream wait. `feed` reads large responses in pieces.
