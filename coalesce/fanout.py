@@ -1,20 +1,20 @@
 """The fan-out: a batch of a source goes to the watches that follow it, at a cost of O(1) per variant for the core.
 
 A watch in a group is *in step*: it needs exactly what the source needs next. So nothing is compared per watch: the
-batch goes to the whole group, as one cached tuple. A watch that needs nothing before a later revision waits *ahead*, in
-a heap, and joins its group when the source reaches that revision; if this happens inside a batch, the watch gets its
-own part of the batch.
+batch goes to the whole group, as one cached tuple. A watch that needs nothing before a later revision waits *ahead* and
+joins its group when the source reaches that revision; if this happens inside a batch, the watch gets its own part of
+the batch.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator
 
+from coalesce.ahead import AheadWatches
 from coalesce.batch import Batch, Payload, Variants, payload_of_one
 from coalesce.cover import Cover
 from coalesce.effects import Deliver
-from coalesce.model import AheadEntry, Group, Source, Watch
+from coalesce.model import Group, Source, Watch
 from coalesce.place import Place
 from coalesce.ranges import CoverBranch
 from coalesce.state import CoreState
@@ -26,12 +26,10 @@ from proto.spans import is_in
 class Fanout:
     """Moves sources forward, and the watches that follow them."""
 
-    __slots__ = ("_order", "_state")
+    __slots__ = ("_state",)
 
     def __init__(self, state: CoreState) -> None:
         self._state = state
-        # Number of the newest entry of any heap.
-        self._order = 0
 
     def ingest(self, source: Source, batch: Batch) -> None:
         """Send the new part of a batch to the watches that need it, advance past it, and keep it in the history."""
@@ -45,7 +43,7 @@ class Fanout:
                 return
             batch, first_revision = part, part.first_revision
         ahead = source.ahead
-        if ahead and ahead[0].position <= first_revision:
+        if ahead is not None and ahead.first <= first_revision:
             # There are no events between next_revision and the batch, so watches with a position there are in step.
             self._meet(source, first_revision)
         history = source.history
@@ -67,9 +65,8 @@ class Fanout:
                     stats.delivered += count
                     stats.delivered_events += count * payload.event_count
         source.next_revision = batch.last_revision + 1
-        if ahead:
-            if ahead[0].position <= batch.last_revision:
-                self._deliver_parts(source, batch)
+        if source.ahead is not None:
+            self._deliver_parts(source, batch)
             self._meet(source, source.next_revision)
         history.append(batch, state.now)
 
@@ -109,7 +106,7 @@ class Fanout:
         source.proven_at = self._state.now
         if revision >= source.next_revision:
             source.next_revision = revision + 1
-            if source.ahead:
+            if source.ahead is not None:
                 self._meet(source, revision + 1)
 
     def add(self, watch: Watch) -> None:
@@ -120,24 +117,20 @@ class Fanout:
             self._step(source, watch)
             return
         watch.place = Place.AHEAD
-        self._order += 1
-        source.ahead_count += 1
+        if source.ahead is None:
+            source.ahead = AheadWatches()
+            self._state.ahead[source] = None
+        source.ahead.add(watch, watch.position)
         self._state.put_ahead += 1
-        watch.ahead = AheadEntry(watch.position, self._order, watch)
-        heapq.heappush(source.ahead, watch.ahead)
-        if len(source.ahead) > 2 * source.ahead_count + 16:
-            source.ahead = [entry for entry in source.ahead if entry.watch is not None]
-            heapq.heapify(source.ahead)
 
     def remove(self, watch: Watch) -> None:
         """Remove a watch that is in step or ahead, and record its position."""
         source, group = watch.source, watch.group
         assert source is not None, "the watch follows a source"
         if group is None:
-            assert watch.ahead is not None, "in step or ahead"
-            watch.ahead.watch = None
-            watch.ahead = None
-            source.ahead_count -= 1
+            assert source.ahead is not None, "in step or ahead"
+            source.ahead.remove(watch, watch.position)
+            self._drop_empty(source)
             return
         group.remove(watch)
         if not group.members and watch.branch is not None:
@@ -175,14 +168,17 @@ class Fanout:
             self._step(source, watch)
 
     def _arrived(self, source: Source, revision: int) -> Iterator[Watch]:
-        """Pop the watches from the heap whose position is `revision` at most, in the order of positions."""
-        ahead = source.ahead
-        while ahead and ahead[0].position <= revision:
-            watch = heapq.heappop(ahead).watch
-            if watch is not None:
-                watch.ahead = None
-                source.ahead_count -= 1
-                yield watch
+        """Take the watches ahead whose position is `revision` at most, in the order of positions."""
+        while source.ahead is not None and source.ahead.first <= revision:
+            arrived = source.ahead.take_first()
+            self._drop_empty(source)
+            yield from arrived
+
+    def _drop_empty(self, source: Source) -> None:
+        """No watch is ahead any more, if the last one was taken."""
+        if not source.ahead:
+            source.ahead = None
+            del self._state.ahead[source]
 
     def _step(self, source: Source, watch: Watch) -> None:
         groups = source.groups_of(watch)

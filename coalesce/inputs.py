@@ -7,6 +7,7 @@ a test) can create them without knowing how it works.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from proto.scan import Header
 
@@ -24,8 +25,7 @@ class Identity:
     has_leader: bool = False
 
 
-@dataclass(slots=True, frozen=True)
-class CreateRequest:
+class CreateRequest(NamedTuple):
     """A WatchCreateRequest as received, except that "now" is None here, where the wire has 0."""
 
     # b"" means b"\x00", the smallest key; the core replaces it.

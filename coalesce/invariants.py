@@ -2,8 +2,8 @@
 
  1. A session's watches are those registered with it: each under its own id, with its session's outlet, known to its
     trunk, and the trunk is that of its range. An id that waits for its cancel after a compaction is not a watch's id.
- 2. A watch is in exactly one place: in a group of its source, in the heap of its source, in its session's `lagging`,
-    or queued for a backfill. Groups and heaps hold no other watches.
+ 2. A watch is in exactly one place: in a group of its source, ahead of its source, in its session's `lagging`,
+    or queued for a backfill. The others hold no such watch.
  3. A watch in step needs exactly what its source needs next; one ahead needs something later.
  4. A group holds watches of its variant only; a watch that wants prev_kv follows only a source that has it.
  5. A watch comes through its trunk, unless that is still to start at "now", or a backfill of its trunk; the backfill
@@ -160,7 +160,8 @@ def _check_watch(state: CoreState, watch: Watch) -> None:
     place = watch.place
     # It is in its place, and nowhere else.
     _need(2, (watch.group is not None and watch in watch.group.members) == (place is Place.IN_STEP), watch)
-    _need(2, (watch.ahead is not None and watch.ahead.watch is watch) == (place is Place.AHEAD), watch)
+    ahead = None if source is None or source.ahead is None else source.ahead.by_position
+    _need(2, (ahead is not None and watch in ahead.get(watch.position, ())) == (place is Place.AHEAD), watch)
     _need(2, (watch in session.lagging) == (place is Place.LAGGING), watch)
     _need(2, (watch in state.queued.get(watch.branch or trunk, ())) == (place is Place.QUEUED), watch)
     _need(2, place is not Place.ENDED, watch)
@@ -169,9 +170,7 @@ def _check_watch(state: CoreState, watch: Watch) -> None:
         _need(2, source is not None and source.groups_of(watch).get(watch.variant) is watch.group, watch)
         _need(4, watch.group.variant == watch.variant, watch)
     if place is Place.AHEAD:
-        assert watch.ahead is not None, "checked above"
-        _need(2, source is not None and watch.ahead in source.ahead, watch)
-        _need(3, source is not None and watch.ahead.position == watch.position > source.next_revision, watch)
+        _need(3, source is not None and watch.position > source.next_revision, watch)
     if source is not None:
         _need(5, source is trunk or (isinstance(source, Backfill) and watch in source.watches), watch)
         _need(5, source is trunk or (isinstance(source, Backfill) and source.trunk is trunk), watch)
@@ -202,10 +201,12 @@ def _check_source(state: CoreState, source: Source) -> None:
             _need(2, watch.group is group and watch.source is source and watch.place is Place.IN_STEP, watch)
             _need(3, watch.next_revision == source.next_revision, watch)
         _need(2, tuple(group.members) == group.listed(), "the list of a group is stale")
-    ahead = [entry.watch for entry in source.ahead if entry.watch is not None]
-    _need(2, source.ahead_count == len(ahead), "the count of the watches ahead")
-    for watch in ahead:
-        _need(2, watch.place is Place.AHEAD and watch.source is source, watch)
+    ahead = source.ahead
+    _need(2, (ahead is not None) == (source in state.ahead) == bool(ahead), "the sources with watches ahead")
+    for position, alike in {}.items() if ahead is None else ahead.by_position.items():
+        _need(2, bool(alike) and ahead is not None and position >= ahead.first, "a position without watches")
+        for watch in alike:
+            _need(2, watch.place is Place.AHEAD and watch.source is source and watch.position == position, watch)
 
 
 def _check_trunk(state: CoreState, trunk: Trunk) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from coalesce.ahead import AheadWatches
 from coalesce.batch import FRAGMENT, PREV_KV, variant_of
 from coalesce.history import History, Replayed
 from coalesce.inputs import CreateRequest, Identity
@@ -38,7 +39,6 @@ class Watch:
     """One client's watch on a session."""
 
     __slots__ = (
-        "ahead",
         "branch",
         "group",
         "noted_revision",
@@ -70,8 +70,6 @@ class Watch:
         self.source: Source | None = None
         # Its group while IN_STEP, else None.
         self.group: Group | None = None
-        # Its entry in the heap while AHEAD, else None.
-        self.ahead: AheadEntry | None = None
         # The first revision still needed, while not IN_STEP.
         self.position = position
         # One object for all three: with millions of watches, the numbers take a third of their memory.
@@ -150,21 +148,6 @@ class Group:
         if self._listed is None:
             self._listed = GroupWatches(self.members)
         return self._listed
-
-
-class AheadEntry:
-    """A watch in the heap of its source; after the watch has left, the entry stays and is skipped."""
-
-    __slots__ = ("order", "position", "watch")
-
-    def __init__(self, position: int, order: int, watch: Watch) -> None:
-        self.position = position
-        # Order of arrival, among equal positions.
-        self.order = order
-        self.watch: Watch | None = watch  # None = it has left
-
-    def __lt__(self, other: AheadEntry) -> bool:
-        return (self.position, self.order) < (other.position, other.order)
 
 
 @dataclass(slots=True, eq=False)
@@ -369,7 +352,6 @@ class Source:
     is_cover = False
     __slots__ = (
         "ahead",
-        "ahead_count",
         "events",
         "groups",
         "history",
@@ -397,9 +379,8 @@ class Source:
         self.watches: dict[Watch, None] = {}
         # The watches in step, by variant.
         self.groups: dict[int, Group] = {}
-        # The watches ahead: a heap; entries of watches that left stay until they reach the top or are too many.
-        self.ahead: list[AheadEntry] = []
-        self.ahead_count = 0
+        # The watches ahead; None = there are none.
+        self.ahead: AheadWatches[Watch] | None = None
         # The response whose further pieces are still to come.
         self.run: FragmentRun | None = None
         self.upstream: Upstream
@@ -418,7 +399,7 @@ class Source:
     @property
     def is_followed(self) -> bool:
         """Whether a watch is in step or ahead."""
-        return self.ahead_count > 0 or any(group.members for group in self.groups.values())
+        return self.ahead is not None or any(group.members for group in self.groups.values())
 
     def groups_of(self, watch: Watch) -> dict[int, Group]:  # noqa: ARG002  # a cover has groups per range
         """Return the groups of which one is that of this watch while it is in step."""

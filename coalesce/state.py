@@ -32,6 +32,7 @@ class CoreState:
     """The shared state of one Coalescer."""
 
     __slots__ = (
+        "ahead",
         "backfills",
         "compact_revision",
         "covers",
@@ -118,6 +119,8 @@ class CoreState:
         self.to_replay_later: dict[Session, int | None] = {}
         # Upstream watches to be asked for progress, besides those of sessions that wait.
         self.to_ask: dict[Upstream, None] = {}
+        # Sources with watches ahead.
+        self.ahead: dict[Source, None] = {}
         # Watches that were put ahead since the last request for progress, which puts them in step.
         self.put_ahead = 0
 

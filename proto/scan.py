@@ -541,18 +541,20 @@ def encode_response(
     events: bytes = b"",
 ) -> bytes:
     """Encode a WatchResponse; `events` are the events' encoded fields, joined."""
-    return b"".join(
-        (
-            header.encoded,
-            number_field(_WATCH_ID, watch_id),
-            number_field(_CREATED, created),
-            number_field(_CANCELED, canceled),
-            number_field(_COMPACT_REVISION, compact_revision),
-            bytes_field(_CANCEL_REASON, cancel_reason.encode()) if cancel_reason else b"",
-            number_field(_FRAGMENT, fragment),
-            events,
-        )
-    )
+    encoded = header.encoded
+    if watch_id:
+        encoded += number_field(_WATCH_ID, watch_id)
+    if created:
+        encoded += number_field(_CREATED, 1)
+    if canceled:
+        encoded += number_field(_CANCELED, 1)
+    if compact_revision:
+        encoded += number_field(_COMPACT_REVISION, compact_revision)
+    if cancel_reason:
+        encoded += bytes_field(_CANCEL_REASON, cancel_reason.encode())
+    if fragment:
+        encoded += number_field(_FRAGMENT, 1)
+    return encoded + events
 
 
 def encode_create(

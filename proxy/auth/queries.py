@@ -164,15 +164,22 @@ class Queries:
         """
         if self.auth_on and check.asked.token is not None:
             return self.checks.add(check)
-        if self._auth_off is not None and at - self._auth_off[0] <= self._probe_age_s_max:
-            self._let_in.add(check)
-            return [AnswerCheck(check, self._auth_off[1])]
+        header = self.admit(check, at)
+        if header is not None:
+            return [AnswerCheck(check, header)]
         if self._probe is not None:
             self._probe.waiting.append(check)
             return []
         self._probe = AuthProbe()
         self._probe.waiting.append(check)
         return [SendCall(AuthCall(self._probe, None, (AuthScope()[1:],), login=self.named))]
+
+    def admit(self, check: PermissionCheck, at: float) -> Header | None:
+        """Admit a check if a recent probe has found auth off, and return the header that the probe read; else None."""
+        if self._auth_off is None or at - self._auth_off[0] > self._probe_age_s_max:
+            return None
+        self._let_in.add(check)
+        return self._auth_off[1]
 
     def connected(self) -> None:
         """There is a new connection for the watches; call `prove` until the store behind it is known."""

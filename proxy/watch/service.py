@@ -22,6 +22,7 @@ from proto.framing import PREFIX_BYTES, FramingError, Status
 from proto.http2 import Stream
 from proto.pacing import PacedMessageReader
 from proto.pb import rpc_pb2
+from proto.plain_create import plain_create
 from proxy.listening.calls import CallRefusal, ConnectionHandle, Headers, RequestHead, ServerCall
 from proxy.watch.settings import WatchSettings
 
@@ -367,6 +368,11 @@ class WatchCall:
         session = self.session
         if session is None:
             return
+        plain = plain_create(message)
+        if plain is not None:
+            # Fast path: 550 ns instead of 2,100 (`python -m tests.bench.lanes`).
+            self._create(session, CreateRequest(*plain))
+            return
         try:
             request = rpc_pb2.WatchRequest.FromString(shortened(message) if len(message) >= LONG_BYTES else message)
         except DecodeError:
@@ -375,10 +381,7 @@ class WatchCall:
         turns, engine = self.connection.turns, self._service.engine
         kind = request.WhichOneof("request_union")
         if kind == "create_request":
-            turns.spend(CREATE_WORK)
-            engine.create(session, create_request(request.create_request))
-            if session.line_bytes:
-                self._service.bound_waiting(self)
+            self._create(session, create_request(request.create_request))
         elif kind == "cancel_request":
             turns.spend(CANCEL_WORK)
             engine.cancel(session, request.cancel_request.watch_id)
@@ -387,6 +390,12 @@ class WatchCall:
             if kind == "progress_request":
                 engine.progress(session)
             # Other kinds are ignored, as in etcd (api/v3rpc/watch.go, recvLoop): a later etcd may have more.
+
+    def _create(self, session: Session, request: CreateRequest) -> None:
+        self.connection.turns.spend(CREATE_WORK)
+        self._service.engine.create(session, request)
+        if session.line_bytes:
+            self._service.bound_waiting(self)
 
 
 def create_request(request: rpc_pb2.WatchCreateRequest) -> CreateRequest:

@@ -21,9 +21,11 @@ from coalesce.inputs import CreateRequest, Granted, Identity
 from proto import scan
 from proto.http2 import Connection, Http2Limits, Role, StreamBatch
 from proto.pb import kv_pb2, rpc_pb2
+from proto.plain_create import plain_create
 from proto.scan import Header, WatchResponse
 from proxy.listening.connection import ServerConnection
 from proxy.listening.listener import Listener
+from proxy.watch.service import create_request
 from tests.bench.profiles import GrpcGo, frame, settings, window_update
 from tests.bench.wire import PREFACE, message_frame
 from upstream.watching.client import WatchClient
@@ -95,6 +97,23 @@ def placing() -> Lane:
         WatchClient.take(client, stream, response)
 
     return Lane("WatchState.received_events", general, fast)
+
+
+def requesting() -> Lane:
+    """Return the lane of a create of one key."""
+    message = rpc_pb2.WatchRequest(create_request=rpc_pb2.WatchCreateRequest(key=b"bench/000001/k")).SerializeToString()
+
+    def general(_: int) -> None:
+        request = rpc_pb2.WatchRequest.FromString(message)
+        assert request.WhichOneof("request_union") == "create_request"
+        create_request(request.create_request)
+
+    def fast(_: int) -> None:
+        plain = plain_create(message)
+        assert plain is not None
+        CreateRequest(*plain)
+
+    return Lane("plain_create", general, fast)
 
 
 def receiving() -> Lane:
@@ -262,7 +281,7 @@ async def main() -> None:
     listener.routes[b"/x"] = lambda *_: cast(Any, SimpleNamespace(closed=print, drained=print))
     # As the proxy does while it serves, nearly.
     gc.disable()
-    lanes = (receiving(), scanning(), placing(), merging(), *writing(listener), sharing(listener))
+    lanes = (receiving(), scanning(), placing(), merging(), *writing(listener), sharing(listener), requesting())
     sys.stdout.write("| fast path | general code, ns | fast path, ns |\n|---|---:|---:|\n")
     for lane in lanes:
         sys.stdout.write(f"| {lane.name} | {time_ns(lane.general):.0f} | {time_ns(lane.fast):.0f} |\n")

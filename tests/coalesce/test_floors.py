@@ -18,7 +18,19 @@ ROOT = Path(coalesce.__file__).parent
 
 # From the bottom up; within a floor, too.
 FLOORS = {
-    "values": ("limits", "stats", "timers", "place", "pending", "inputs", "ranges", "suggesting", "batch", "history"),
+    "values": (
+        "limits",
+        "stats",
+        "timers",
+        "ahead",
+        "place",
+        "pending",
+        "inputs",
+        "ranges",
+        "suggesting",
+        "batch",
+        "history",
+    ),
     "state": ("model", "cover", "effects", "state", "fanout"),
     "progress": ("waiting", "progress_requests", "notifying", "progress"),
     "placement": ("placement", "replay", "runs"),

@@ -290,3 +290,16 @@ def test_many_watches_ahead_are_put_in_step_in_parts(monkeypatch: pytest.MonkeyP
     assert [watch.place for watch in client.session.watches.values()] == [Place.IN_STEP] * 5
     shell.wait(0.2)
     assert len(shell.asked) == 1
+
+
+def test_few_trunks_at_a_time_are_asked_for_watches_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coalesce.core.PUT_AHEAD_MAX", 3)
+    monkeypatch.setattr("coalesce.progress.PUT_AHEAD_MAX", 2)
+    shell = Shell()
+    client = shell.client()
+    trunks = [shell.trunk(5, client, key=key) for key in (b"a", b"b", b"c")]
+    for key in (b"a", b"b", b"c") * 2:
+        client.create(key, start=20)
+        shell.wait(0.1)
+    # The second request begins with the trunk that the first one left out.
+    assert [set(asked) for asked in shell.asked[:2]] == [{trunks[0], trunks[1]}, {trunks[2], trunks[0]}]
