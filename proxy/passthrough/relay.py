@@ -217,7 +217,6 @@ class Relay:
         "_request",
         "_request_bytes",
         "_request_over",
-        "_tries_left",
         "_unread",
         "came_at",
         "collects_request",
@@ -230,6 +229,7 @@ class Relay:
         "read",
         "repeated",
         "stream",
+        "tries_left",
         "waiting_bytes",
     )
 
@@ -272,7 +272,8 @@ class Relay:
         self.waiting_bytes = 0
         # None: all messages that were forwarded so far were whole, each in one piece.
         self._boundary: MessageBoundary | None = None
-        self._tries_left = 3
+        # How often it may be sent again.
+        self.tries_left = 3
 
     def begin(self, upstream: ClientConnection) -> bool:
         """Start the call after it waited for a connection. False: the connection cannot take it."""
@@ -478,9 +479,9 @@ class Relay:
             # Called for each status that is not OK: the pool learns from it which members are not serving.
             or (status != Status.OK and self._owner.is_unserved(call, status, message) and not self._answered)
         )
-        if harmless and self._request is not None and self._tries_left:
+        if harmless and self._request is not None and self.tries_left:
             # A connection that was closed in an orderly way does not count as a failed try.
-            self._tries_left -= not call.rotated
+            self.tries_left -= not call.rotated
             self._owner.retry(self)
             return
         self._give_up()

@@ -47,6 +47,8 @@ class RouteStatus:
             raise CallRefusal(200, Status.UNAVAILABLE, refusal(self._own_id.decode()))
         upstream = self._watches.free_connection()
         relay = self._passthrough.relay(connection, stream, headers)
+        # Another server's status would be that of another route.
+        relay.tries_left = 0
         if upstream is None or not relay.start(upstream):
             raise CallRefusal(200, Status.UNAVAILABLE, refusal(self._own_id.decode(), self._watches.onward))
         self._passthrough.stats.calls += 1

@@ -51,9 +51,13 @@ class Attacker:
 
     @classmethod
     async def connect(cls, port: int, window: int | None = None) -> Attacker:
-        """Connect and send the HTTP/2 client preface; `window`: the receive window of each stream."""
+        """
+        Connect and send the HTTP/2 client preface; `window`: the receive window of each stream.
+
+        The server's SETTINGS are acknowledged: on a busy machine an attack may take longer than their timeout.
+        """
         attacker = cls(*await asyncio.open_connection(HOST, port))
-        await attacker.say(PREFACE + settings({4: window} if window is not None else {}))
+        await attacker.say(PREFACE + settings({4: window} if window is not None else {}) + settings(None, "ACK"))
         return attacker
 
     async def say(self, text: bytes) -> None:

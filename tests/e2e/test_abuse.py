@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -21,7 +22,10 @@ async def test_other_clients_are_served_during_each_attack(
 ) -> None:
     monkeypatch.setattr(attacks, "HOLD_S", 0.5)
     attack = ATTACKS[name]
-    async with served(etcd, listener=ListenerSettings(first_bytes_timeout_s=0.5, reason_s=0.1)) as (
+    settings = ListenerSettings(first_bytes_timeout_s=0.5, reason_s=0.1)
+    # A fifth of the usual limit, and of the time that such an attack takes here.
+    settings = replace(settings, http2=replace(settings.http2, resets_max=2_000))
+    async with served(etcd, listener=settings) as (
         proxy,
         store,
         client,
