@@ -40,14 +40,7 @@ def variant_of(no_put: bool, no_delete: bool, prev_kv: bool, fragment: bool) -> 
 class Payload(SharedResponse):
     """The response to all watches of one variant for some revisions."""
 
-    __slots__ = ("event_count", "first_revision")
-
-    def __init__(self, header: Header, events: Sequence[Event], joined: tuple[bytes, ...]) -> None:
-        """The header's revision is that of the last event; `joined`: the events, encoded for the variant."""
-        SharedResponse.__init__(self, header, joined)
-        # The revision of the first event.
-        self.first_revision = events[0].revision
-        self.event_count = len(events)
+    __slots__ = ()
 
     @property
     def last_revision(self) -> int:
@@ -55,38 +48,30 @@ class Payload(SharedResponse):
         return self.header.revision
 
 
-class NotificationPayload(Payload):
-    """Progress: a message without events, for watches that are complete through the header's revision."""
-
-    __slots__ = ()
-
-    def __init__(self, header: Header) -> None:
-        SharedResponse.__init__(self, header, (b"",))
-        # If the bookmark is returned undelivered, the watch's position does not move back.
-        self.first_revision = header.revision + 1
-        self.event_count = 0
+def notification_payload(header: Header) -> Payload:
+    """Return progress: a message without events, for watches that are complete through the header's revision."""
+    # If it is returned undelivered, the watch's position does not move back.
+    return Payload(header, (b"",), header.revision + 1, 0)
 
 
 class Batch:
-    """Events of whole revisions, in order. Never empty; never changed."""
+    """Events of whole revisions, in order. Never empty and never changed, until its history evicts it."""
 
-    __slots__ = ("events", "first_revision", "header", "kept", "last_revision", "size")
+    __slots__ = ("arrived_at", "events", "first_revision", "header", "history", "last_revision", "memory_bytes", "size")
 
     def __init__(self, header: Header, events: Sequence[Event], size: int) -> None:
         self.events = events
         self.first_revision = events[0].revision
-        self.last_revision = events[-1].revision
+        self.last_revision = last_revision = events[len(events) - 1].revision
         # Ids and term are etcd's; the revision is that of the last event.
-        self.header = header if header.revision == self.last_revision else header.at(self.last_revision)
+        self.header = header if header.revision == last_revision else header.at(last_revision)
         # Bytes of the encoded events.
         self.size = size
-        # Its LedgerEntry while a history holds it; set by `History.append`.
-        self.kept: object = None
-
-    @property
-    def memory_bytes(self) -> int:
-        """The memory it takes in a history."""
-        return self.size + EVENT_OVERHEAD_BYTES * len(self.events) + BATCH_OVERHEAD_BYTES
+        # The memory it takes in a history.
+        self.memory_bytes = size + EVENT_OVERHEAD_BYTES * len(events) + BATCH_OVERHEAD_BYTES
+        # The history that holds it, and since when, in seconds; None before and after. Set by `History.append`.
+        self.history: object = None
+        self.arrived_at = 0.0
 
     def since(self, revision: int) -> Batch | None:
         """Return the part at and after `revision`: itself, a new batch, or None when nothing is left."""
@@ -134,8 +119,10 @@ class Variants:
         header = self._header.at(events[-1].revision)
         encoded = [event.encoded if variant & PREV_KV else event.bare for event in events]
         if variant & FRAGMENT:
-            return Payload(header, events, tuple(split(encoded, self._fragment_bytes, len(header.encoded))))
-        return Payload(header, events, (b"".join(encoded),))
+            joined = tuple(split(encoded, self._fragment_bytes, len(header.encoded)))
+        else:
+            joined = (b"".join(encoded),)
+        return Payload(header, joined, events[0].revision, len(events))
 
 
 def payload_of_one(batch: Batch, variant: int, has_prev_kv: bool) -> Payload | None:
@@ -146,7 +133,7 @@ def payload_of_one(batch: Batch, variant: int, has_prev_kv: bool) -> Payload | N
     event = events[0]
     # One event needs neither joining nor splitting.
     encoded = event.encoded if variant & PREV_KV or not has_prev_kv else event.bare
-    return Payload(batch.header, events, (encoded,))
+    return Payload(batch.header, (encoded,), batch.first_revision, 1)
 
 
 def filtered(events: Sequence[Event], variant: int) -> Sequence[Event]:

@@ -47,16 +47,17 @@ class Fanout:
             # There are no events between next_revision and the batch, so watches with a position there are in step.
             self._meet(source, first_revision)
         history = source.history
-        if source.is_cover:
+        if type(source) is Cover:
             self._spread(source, batch)
         has_prev_kv = history.has_prev_kv
         variants: Variants | None = None
         if len(batch.events) > 1 or len(source.groups) > 1:
             variants = Variants(batch.header, batch.events, state.limits.fragment_bytes, has_prev_kv)
         stats = state.stats
-        for variant, group in source.groups.items():
+        for group in source.groups.values():
             count = len(group.members)
             if count:
+                variant = group.variant
                 # One event for one group is the common case.
                 payload = payload_of_one(batch, variant, has_prev_kv) if variants is None else variants.payload(variant)
                 if payload is not None:
@@ -70,9 +71,8 @@ class Fanout:
             self._meet(source, source.next_revision)
         history.append(batch, state.now)
 
-    def _spread(self, cover: Source, batch: Batch) -> None:
+    def _spread(self, cover: Cover, batch: Batch) -> None:
         """Send each branch of a cover the events of its keys."""
-        assert isinstance(cover, Cover), "only covers have branches"
         has_prev_kv, events, find = cover.history.has_prev_kv, batch.events, cover.index.find
         stats = cover.stats
         stats.events += len(events)

@@ -125,8 +125,9 @@ class History:
         self.bytes += memory_bytes
         self.version += 1
         ledger = self._budget
-        batch.kept = kept = LedgerEntry(now, self)
-        ledger.entries.append(kept)
+        batch.history = self
+        batch.arrived_at = now
+        ledger.entries.append(batch)
         ledger.held += 1
         stats = ledger.stats
         stats.history_bytes += memory_bytes
@@ -145,7 +146,7 @@ class History:
         if self.eviction_hook is not None and batch.last_revision >= self.eviction_hook.first_revision:
             hook, self.eviction_hook = self.eviction_hook, None
             hook.on_eviction(batch.last_revision)
-            if batch.kept is None:
+            if batch.history is None:
                 # The source has ended meanwhile.
                 return
         # Drop the batch at once, though its list entry stays for a while: batches can be large.
@@ -237,18 +238,6 @@ def _passing(events: Sequence[Event], variant: int, span: Span | None) -> Sequen
     return filtered(events, variant)
 
 
-class LedgerEntry:
-    """A batch's entry in the budget. It does not reference the batch, which is freed as soon as it is evicted."""
-
-    __slots__ = ("at", "history")
-
-    def __init__(self, at: float, history: History) -> None:
-        # When the batch arrived, in seconds.
-        self.at = at
-        # The history that holds it; None = evicted.
-        self.history: History | None = history
-
-
 class HistoryBudget:
     """All batches of all histories, in the order of their arrival."""
 
@@ -257,9 +246,10 @@ class HistoryBudget:
     def __init__(self, limits: CoreLimits, stats: Stats) -> None:
         self.limits = limits
         self.stats = stats
-        # Oldest first; entries already evicted by their histories stay until they are the oldest or are too many.
-        self.entries: deque[LedgerEntry] = deque()
-        # Entries not evicted.
+        # Oldest first; those that their histories have evicted stay, without events, until they are the oldest or are
+        # too many.
+        self.entries: deque[Batch] = deque()
+        # Batches not evicted.
         self.held = 0
 
     def hold_bounds(self, history: History) -> None:
@@ -273,35 +263,37 @@ class HistoryBudget:
             evicted_at["history_revisions_max"] += 1
             history.evict_oldest()
         while self.stats.history_bytes > limits.history_bytes_total_max:
-            evicted_at["history_bytes_total_max"] += self._evict_first()
+            evicted_at["history_bytes_total_max"] += 1
+            self._evict_first()
 
     def evicted(self, batch: Batch) -> None:
         """Remove an evicted batch from the counts."""
-        kept = batch.kept
-        assert isinstance(kept, LedgerEntry), "it is in a history"
-        batch.kept = None
-        kept.history = None
+        batch.history = None
+        # Its events are freed at once.
+        batch.events = ()
         self.held -= 1
         self.stats.history_bytes -= batch.memory_bytes
         self.stats.history_batches = self.held
-        if len(self.entries) > 2 * self.held + 64:
-            self.entries = deque(entry for entry in self.entries if entry.history is not None)
+        entries = self.entries
+        while entries and entries[0].history is None:
+            entries.popleft()
+        if len(entries) > 2 * self.held + 64:
+            self.entries = deque(entry for entry in entries if entry.history is not None)
 
     def expire(self, now: float) -> None:
         """Evict the batches that are older than history_age_s."""
-        while self.entries and self.entries[0].at + self.limits.history_age_s <= now:
-            self.stats.evicted_at["history_age_s"] += self._evict_first()
+        while self.entries and self.entries[0].arrived_at + self.limits.history_age_s <= now:
+            self.stats.evicted_at["history_age_s"] += 1
+            self._evict_first()
 
     def next_deadline(self) -> float | None:
         """Return when the oldest batch is to be evicted by age: a little late, so that one timer serves many."""
         if not self.entries:
             return None
-        return self.entries[0].at + self.limits.history_age_s * 1.0625
+        return self.entries[0].arrived_at + self.limits.history_age_s * 1.0625
 
-    def _evict_first(self) -> bool:
-        entry = self.entries.popleft()
-        if entry.history is None:
-            return False
+    def _evict_first(self) -> None:
         # The oldest of all is the oldest of its own history.
-        entry.history.evict_oldest()
-        return True
+        history = self.entries[0].history
+        assert isinstance(history, History), "evicted batches are not the oldest"
+        history.evict_oldest()

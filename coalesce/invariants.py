@@ -186,7 +186,7 @@ def _check_source(state: CoreState, source: Source) -> None:
     last = history.floor - 1
     for batch in batches:
         _need(8, last < batch.first_revision <= batch.last_revision, batch)
-        _need(8, batch.kept is not None, "a history holds an evicted batch")
+        _need(8, batch.history is history, "a history holds a batch that it has evicted")
         last = batch.last_revision
     _need(8, last < source.next_revision or not batches, "a history reaches beyond next_revision")
     _need(8, history.bytes == sum(batch.memory_bytes for batch in batches), "byte count of a history")

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
 from operator import attrgetter
 
-from coalesce.batch import NotificationPayload
+from coalesce.batch import notification_payload
 from coalesce.effects import Deliver
 from coalesce.model import NotifiedWatches, Trunk, Watch
 from coalesce.progress_requests import ProgressRequests
@@ -259,4 +259,4 @@ class ProgressNotifier:
             watch.progress_floor = revision
         state.stats.progress_notifies += len(watches)
         state.stats.delivered += len(watches)
-        state.effects.append(Deliver(NotificationPayload(state.header_now(revision)), watches))
+        state.effects.append(Deliver(notification_payload(state.header_now(revision)), watches))

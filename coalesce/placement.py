@@ -175,12 +175,14 @@ class Placement:
             # The last watch of an upgrade was too slow, so the upgrade is not needed any more.
             return
         before = backfill.next_revision
+        # An upgrade's batch may go to the trunk as well, whose history keeps one of its own.
+        again = Batch(batch.header, batch.events, batch.size) if backfill.is_upgrade else batch
         self._fanout.ingest(backfill, batch)
         if backfill not in self._state.backfills:
             # To keep the batch, older ones were sent and evicted, which was all that its watches needed.
             return
         if backfill.is_upgrade:
-            self._feed(backfill, before, batch)
+            self._feed(backfill, before, again)
         else:
             if not backfill.paused and not backfill.is_followed and self._is_read_enough(backfill):
                 backfill.paused = True
@@ -386,8 +388,7 @@ class Placement:
         prev_kv_from = trunk.next_revision
         trunk.history.has_prev_kv = True
         if batch is not None:
-            # The trunk's history keeps a batch of its own.
-            self._fanout.ingest(trunk, Batch(batch.header, batch.events, batch.size))
+            self._fanout.ingest(trunk, batch)
         self._fanout.advance(trunk, upgrade.next_revision - 1)
         state.close_upstream(trunk.upstream)
         trunk.upstream = upgrade.upstream

@@ -16,7 +16,7 @@ Fields: etcd's api/etcdserverpb/rpc.proto and api/mvccpb/kv.proto. Encoding: pro
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Final
 
 from proto.fields import (
     VARINT_BYTES_MAX,
@@ -184,7 +184,7 @@ class WatchResponse:
         self.fragment = fragment
         self.events: list[Event] = [] if events is None else events
         # It has events, and none of created, canceled and fragment.
-        self.plain = bool(events) and not (created or canceled or fragment)
+        self.plain = not (created or canceled or fragment or not events)
 
     def __repr__(self) -> str:
         return (
@@ -197,25 +197,10 @@ class WatchResponse:
 _NO_HEADER: Final = Header(b"", 0, 0, 0, 0)
 
 
-class _HeaderTemplate(NamedTuple):
-    """Template of the last decoded header. The headers of nearby revisions differ in one byte only."""
-
-    begin: bytes
-    """The bytes through the revision's tag. The revision's first byte, its lowest seven bits, follows."""
-
-    end: bytes
-    """The bytes after the revision's first byte."""
-
-    revision: int
-    """The revision with its lowest seven bits zero."""
-
-    revision_bytes: int
-    cluster_id: int
-    member_id: int
-    raft_term: int
-
-
-_near = _HeaderTemplate(b"\n", b"\n", 0, 0, 0, 0, 0)
+# Template of the last decoded header, since the headers of nearby revisions differ in one byte only: the bytes through
+# the revision's tag; those after the revision's first byte, its lowest seven bits; the revision with these bits zero,
+# and its size in bytes; cluster id, member id and term. A plain tuple, because it is unpacked for each event.
+_near: tuple[bytes, bytes, int, int, int, int, int] = (b"\n", b"\n", 0, 0, 0, 0, 0)
 
 
 def scan_watch_response(data: bytes) -> WatchResponse:
@@ -229,8 +214,8 @@ def scan_watch_response(data: bytes) -> WatchResponse:
     begin, end, revision, revision_bytes, cluster_id, member_id, raft_term = _near
     at = len(begin)
     try:
-        if data[at] > 127 and data.startswith(begin) and data.startswith(end, at + 1):
-            header_end = pos = at + 1 + len(end)
+        header_end = pos = at + 1 + len(end)
+        if data[at] > 127 and data[:at] == begin and data[at + 1 : pos] == end:
             watch_id = 0
             if data[pos] == _WATCH_ID:
                 watch_id = data[pos + 1]
@@ -279,9 +264,10 @@ def _is_put(data: bytes, pos: int, mod_revision: bytes) -> bool:
     pos += 1
     while data[pos] > 127:
         pos += 1
-    if pos >= last or data[pos + 1] != _MOD_REVISION or not data.startswith(mod_revision, pos + 2):
+    end = pos + 2 + len(mod_revision)
+    if pos >= last or data[pos + 1] != _MOD_REVISION or data[pos + 2 : end] != mod_revision:
         return False
-    pos += 2 + len(mod_revision)
+    pos = end
     if data[pos] != _VERSION:
         return False
     last = pos + VARINT_BYTES_MAX
@@ -378,7 +364,7 @@ _ids: tuple[bytes, int, int] = (b"", 0, 0)
 def _scan_header(encoded: bytes, body: int) -> Header:
     """Decode the header whose whole field is `encoded` and whose own fields start at `body`."""
     ids, cluster_id, member_id = _ids
-    if not encoded.startswith(ids, body):
+    if encoded[body : body + len(ids)] != ids:
         return _scan_any_header(encoded, body)
     revision = raft_term = 0
     pos = body + len(ids)
@@ -404,14 +390,12 @@ def _scan_header(encoded: bytes, body: int) -> Header:
 def _remember(encoded: bytes, start: int, revision: int, cluster_id: int, member_id: int, raft_term: int) -> None:
     """Make a header the template `_near`, if encoded[start:] is revision and term as etcd encodes them."""
     global _near
-    if revision >> 7 == _near.revision >> 7 or not 128 <= revision < 1 << 63:
+    if revision >> 7 == _near[2] >> 7 or not 128 <= revision < 1 << 63:
         return
     if encoded[start:] == number_field(_REVISION, revision) + number_field(_RAFT_TERM, raft_term):
         at = start + 1
         size = len(varint(revision))
-        _near = _HeaderTemplate(
-            encoded[:at], encoded[at + 1 :], revision & ~127, size, cluster_id, member_id, raft_term
-        )
+        _near = (encoded[:at], encoded[at + 1 :], revision & ~127, size, cluster_id, member_id, raft_term)
 
 
 def _scan_any_header(encoded: bytes, body: int) -> Header:

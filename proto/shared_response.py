@@ -23,12 +23,16 @@ _REMEMBERED_BYTES_MAX: Final = 1024 * 1024
 class SharedResponse:
     """A response to many watches: one message, or a run of fragments."""
 
-    __slots__ = ("_bytes_left", "_joined", "_remembered", "header", "size")
+    __slots__ = ("_bytes_left", "_joined", "_remembered", "event_count", "first_revision", "header", "size")
 
-    def __init__(self, header: Header, joined: tuple[bytes, ...]) -> None:
+    def __init__(self, header: Header, joined: tuple[bytes, ...], first_revision: int, event_count: int) -> None:
         """`joined`: the encoded events, one bytes object per message."""
+        # Its revision is that of the last event.
         self.header = header
         self._joined = joined
+        # The revision of the first event.
+        self.first_revision = first_revision
+        self.event_count = event_count
         # Bytes of one delivery, including prefixes, without the watch id.
         if len(joined) == 1:
             self.size = len(joined[0]) + len(header.encoded) + PREFIX_BYTES

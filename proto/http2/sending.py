@@ -286,9 +286,8 @@ class SendSide:
         """Return how many bytes of DATA the windows of a stream and of the connection let through now."""
         return max(0, min(stream.send_window, self.send_window))
 
-    @property
     def progress(self) -> int:
-        """A number that grows with each header list and each byte of DATA sent; `send` does not have to count it."""
+        """Return a number that grows with each header list and each byte of DATA; `send` does not have to count it."""
         return self._granted - self.send_window + self._header_lists
 
     @property

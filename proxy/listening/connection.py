@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from time import monotonic
 from typing import Any, Protocol, cast
 
 from proto.http2 import (
@@ -180,7 +181,7 @@ class ServerConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Handle bytes from the client."""
-        self._heard_at = self._listener.now()
+        self._heard_at = monotonic()
         if self._first_bytes is not None:
             if not self._detect_protocol(data):
                 return
@@ -541,7 +542,7 @@ class ServerConnection(asyncio.Protocol):
             return
         if self._pings is None:
             self._pings = PingPolicy(settings.keepalive_min_s)
-        if self._pings.too_many(self._heard_at, self.h2.progress, bool(self.h2.streams)):
+        if self._pings.too_many(self._heard_at, self.h2.progress(), bool(self.h2.streams)):
             self._client_erred = True
             self._listener.stats.failed += 1
             self._listener.stats.cut_off[TOO_MANY_PINGS.decode()] += 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from math import inf
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from proto.http2 import Stream
@@ -165,8 +166,8 @@ class Listener:
         return sum(len(connection.h2.streams) for connection in self.connections)
 
     def now(self) -> float:
-        """The event loop's clock, in seconds."""
-        return self._loop.time()
+        """The clock of the connections, in seconds; connections read it themselves for each read."""
+        return monotonic()
 
     def flush_soon(self, connection: ServerConnection) -> None:
         """Schedule a flush of a connection for the end of this turn; called by `ServerConnection.schedule_flush`."""
@@ -228,7 +229,7 @@ class Listener:
 
     def _sweep(self) -> None:
         settings = self.settings
-        now = self._loop.time()
+        now = monotonic()
         spans = [settings.first_bytes_timeout_s, settings.settings_timeout_s, settings.keepalive_timeout_s]
         spans += [span for span in (settings.keepalive_interval_s, settings.idle_timeout_s) if span is not None]
         interval_s = min(SWEEP_S_MAX, min(spans) / 4)

@@ -422,8 +422,9 @@ class Engine:
                 stats.delivered_bytes += size
             else:
                 self._deliver(Deliver(payload, (watch,)))
-        if self._output.on_flush is not None:
-            self._output.on_flush()
+        on_flush = self._output.on_flush
+        if on_flush is not None:
+            on_flush()
         return True
 
     def _deliver_each(self, payload: Payload, watches: Sequence[Watch]) -> int:

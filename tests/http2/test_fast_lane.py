@@ -116,7 +116,7 @@ def test_frame_returns_the_bytes_that_send_queues(size: int) -> None:
     assert quick.frame(at_once, bytes(size), size) == b"".join(ever.output())
     assert (quick.send_window, at_once.send_window) == (ever.send_window, queued.send_window)
     assert quick.output() == []
-    assert quick.progress == ever.progress
+    assert quick.progress() == ever.progress()
 
 
 WAITING: dict[str, Callable[[Connection, Stream], object]] = {
@@ -162,7 +162,7 @@ def test_update_and_ping_equal_receive() -> None:
     assert quick.receive_update_and_ping(both) == wire.ping(b"12345678", "ACK")
     ever.receive(both)
     assert b"".join(ever.output()) == wire.ping(b"12345678", "ACK")
-    assert (quick.send_window, quick.progress, quick._flood) == (ever.send_window, ever.progress, ever._flood)
+    assert (quick.send_window, quick.progress(), quick._flood) == (ever.send_window, ever.progress(), ever._flood)
 
 
 BOTH_ELSE: dict[str, bytes] = {

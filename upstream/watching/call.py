@@ -23,8 +23,8 @@ from upstream.watching.stream import SentCreate, StreamKind, WatchStream
 
 WATCH_PATH: Final = b"/etcdserverpb.Watch/Watch"
 
-_RETURNED_SHARE: Final = 1 / 16
-"""Flow control is returned when this share of a stream's window has been read."""
+_RETURNS_PER_WINDOW: Final = 16
+"""How often flow control is returned while a stream's window is read."""
 
 _UNREAD_BYTES_MAX: Final = 16 * 1024 * 1024
 """While more than this of large responses waits to be read, flow control is not returned, and the stream stalls. Below
@@ -87,9 +87,9 @@ class UpstreamWatchCall:
         self._unsent: list[bytes] = []
         # Data that arrived while paused, unread and not returned to flow control: at most one stream window.
         self._held: list[tuple[bytes, int]] = []
-        # Bytes read but not yet returned to flow control: done for many messages at once, see _RETURNED_SHARE.
+        # Bytes read but not yet returned to flow control: done for many messages at once, see _RETURNS_PER_WINDOW.
         self._taken = 0
-        self._taken_max = settings.connection.stream_window_bytes * _RETURNED_SHARE
+        self._taken_max = settings.connection.stream_window_bytes // _RETURNS_PER_WINDOW
         # The oldest unanswered create at the last check, and when it was first seen as the oldest.
         self._oldest: SentCreate | None = None
         self._oldest_since = 0.0

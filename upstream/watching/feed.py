@@ -172,6 +172,7 @@ class ResponseOrder:
             data = bytes(buffer)
         self._need = PREFIX_BYTES
         responses: list[WatchResponse] = []
+        scan = self._scan
         pos, end = 0, len(data)
         while pos < end:
             if self._coming is not None:
@@ -196,7 +197,7 @@ class ResponseOrder:
                 break
             start = pos + PREFIX_BYTES
             pos = start + length
-            response = self._scan(data[start:pos])
+            response = scan(data[start:pos])
             if not self.waiting or self.passes(response):
                 responses.append(response)
         if pos < end:
