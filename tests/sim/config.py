@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from tests.sim import constants
 from tests.sim.permissions import HALF, OWN
 
 # Prefixes for covers: of all keys, of one key, and of several, one inside the other.
@@ -54,6 +55,8 @@ class Config:
     moves: int = 4
     # Whether the event loop is sometimes late to fire the core's timer.
     late_timers: bool = False
+    # Constants of the code under simulation that are small, by module and name.
+    constants: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
 def _make_limits(rng: random.Random, aside: random.Random, response_bytes: int, roomy: bool) -> dict[str, object]:
@@ -157,4 +160,5 @@ def make_config(rng: random.Random) -> Config:
         clients_max=rng.randint(1, 6),
         moves=rng.choice((0, 3, 10)),
         late_timers=rng.random() < 0.2,
+        constants=constants.draw(random.Random(f"constants {limits}")),
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tests.sim.config import make_config
+from tests.sim.constants import replaced
 from tests.sim.parts import REAL, Parts
 from tests.sim.settle import finish
 from tests.sim.steps import FAULTS, Step, execute, make_steps
@@ -56,15 +57,16 @@ def run(
     outcome = Outcome(seed, chosen)
     world: World | None = None
     try:
-        world = World(config, parts)
-        world.trace = trace
-        for step in chosen:
+        with replaced(parts, config.constants):
+            world = World(config, parts)
+            world.trace = trace
+            for step in chosen:
+                if trace is not None:
+                    trace(f"{step.name} {step.seed} at revision {world.store.revision}, {world.now:.2f} s")
+                execute(world, step)
             if trace is not None:
-                trace(f"{step.name} {step.seed} at revision {world.store.revision}, {world.now:.2f} s")
-            execute(world, step)
-        if trace is not None:
-            trace(f"the end, at revision {world.store.revision}, {world.now:.2f} s")
-        finish(world, random.Random(seed))
+                trace(f"the end, at revision {world.store.revision}, {world.now:.2f} s")
+            finish(world, random.Random(seed))
     except Exception as error:
         outcome.failure = f"{type(error).__name__}: {error}"
         outcome.stack = "".join(traceback.format_exception(error)[-4:])
@@ -103,8 +105,10 @@ def _kind(outcome: Outcome) -> str:
 def report(outcome: Outcome) -> str:
     """Format a failure: how to reproduce it, what happened, and the steps."""
     steps = "\n".join(f"    {place:3} {step.name:16} {step.seed}" for place, step in enumerate(outcome.steps))
+    constants = make_config(random.Random(outcome.seed)).constants
+    small = ", ".join(f"{module}.{name} {value}" for (module, name), value in constants.items())
     return (
-        f"seed {outcome.seed}: {outcome.failure}\n{outcome.stack}\n"
+        f"seed {outcome.seed}: {outcome.failure}\n{outcome.stack}\n  small constants: {small or 'none'}\n"
         f"  {len(outcome.steps)} steps (python -m tests.sim --seed {outcome.seed} shows them being made):\n{steps}"
     )
 
