@@ -18,7 +18,7 @@ from rich.console import Console
 
 from tests.bench import report, store
 from tests.bench.cases import CASES, DEFAULT_CASES, Case
-from tests.bench.measure import Figures, measure
+from tests.bench.measure import Figures, Results, measure
 from tests.bench.profiles import DEFAULT, PROFILES
 from tests.bench.targets import TARGETS
 from tests.clients import golang
@@ -68,18 +68,18 @@ def write_between_marks(page: Path, text: str) -> None:
     page.write_text(f"{head}<!-- figures{mark}-->\n\n{text}\n{end}{tail}")
 
 
-def write_files(out: Path, results: report.Results, stores: store.Results, about: dict[str, Any], keys: int) -> None:
+def write_files(out: Path, results: Results, stores: store.Results, about: dict[str, Any], keys: int) -> None:
     """Write all figures and the tables to a directory; tables that were not measured stay unchanged."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "bench.json").write_text(json.dumps({**about, "medians": results, "stores": stores}, indent=1) + "\n")
     if results:
-        tables = (report.markdown_of(results), report.goals_of(results), report.bounds_of(results))
+        tables = (report.markdown_of(results), report.summary_of(results, about))
         (out / "table.md").write_text("\n".join(tables))
     if stores:
         (out / "store.md").write_text(store.markdown_of(stores, keys))
 
 
-def write_docs(results: report.Results, about: dict[str, Any]) -> None:
+def write_docs(results: Results, about: dict[str, Any]) -> None:
     """Write the ratios into docs/performance.md, all figures and the pictures into docs/evidence/ and docs/images/."""
     from tests.bench.plots import draw
 
@@ -132,7 +132,7 @@ def main(
     # Compiling takes memory that a process keeps; an installed program is already compiled.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     subprocess.run([sys.executable, "-m", "compileall", "-q", "proto", "coalesce", "upstream", "proxy"], check=True)
-    results: report.Results = {}
+    results: Results = {}
     every: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     before = report.machine()

@@ -57,9 +57,14 @@ PEER = "grpc-proxy"
 OLD_PEER = "grpc-proxy-3.4"
 """The grpc-proxy of etcd 3.4, in front of the same etcd."""
 OURS = "watchmux"
+WORKERS = "watchmux-workers"
+"""With --workers=2."""
+LEVELS = "watchmux-two-levels"
+"""A leaf in front of a hub."""
 PEERS = ("etcd", PEER, OURS)
 WITH_OLD = ("etcd", PEER, OLD_PEER, OURS)
 ALL = ("floor", *WITH_OLD)
+WITH_SEVERAL = (*ALL, WORKERS, LEVELS)
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ class Case:
 def _scale(watches: int) -> Case:
     connections = max(1, watches // 50)
     what = f"{watches:,} watches of one range, up to 50 on a connection, 20 writes/s"
-    return Case(f"scale-{watches}", what, connections, watches, writes=60, rate=20, targets=(PEER, OURS))
+    return Case(f"scale-{watches}", what, connections, watches, writes=60, rate=20, targets=(PEER, OURS, WORKERS))
 
 
 def _many(
@@ -162,11 +167,15 @@ def _as(profile: str, case: Case) -> Case:
 
 
 def _calls(method: str, in_flight: int, calls: int) -> Case:
-    what = f"{method}, {in_flight} in flight"
-    connections = min(8, in_flight)
-    name = f"{method}-{in_flight}"
     return Case(
-        name, what, connections, 0, kind=Kind.CALLS, call=method, calls=calls, in_flight=in_flight, targets=WITH_OLD
+        f"{method}-{in_flight}",
+        f"{method}, {in_flight} in flight",
+        *(min(8, in_flight), 0),
+        kind=Kind.CALLS,
+        call=method,
+        calls=calls,
+        in_flight=in_flight,
+        targets=(*WITH_OLD, WORKERS) if in_flight > 1 else WITH_OLD,
     )
 
 
@@ -186,10 +195,28 @@ CASES = {
     case.name: case
     for case in (
         Case(
-            "burst", "1,000 streams on 20 connections, one range, 300 writes as fast as they go", 20, 1000, writes=300
+            "burst",
+            "1,000 streams on 20 connections, one range, 300 writes as fast as they go",
+            *(20, 1000),
+            writes=300,
+            targets=WITH_SEVERAL,
         ),
-        Case("paced", "500 streams on 20 connections, 20 writes/s", 20, 500, writes=120, rate=20),
-        Case("single", "500 connections with one stream each, 10 writes/s", 500, 500, writes=60, rate=10),
+        Case(
+            "paced",
+            "500 streams on 20 connections, 20 writes/s",
+            *(20, 500),
+            writes=120,
+            rate=20,
+            targets=WITH_SEVERAL,
+        ),
+        Case(
+            "single",
+            "500 connections with one stream each, 10 writes/s",
+            *(500, 500),
+            writes=60,
+            rate=10,
+            targets=WITH_SEVERAL,
+        ),
         Case("stacked", "10 streams with 100 watches each, 300 writes as fast as they go", 1, 10, 100, writes=300),
         Case("ranges", "200 ranges with 10 watches each, 400 writes/s", 20, 200, 10, 200, writes=2000, rate=400),
         Case("lowfan", "200 ranges with one watch each, 400 writes/s", 20, 200, 1, 200, writes=2000, rate=400),

@@ -16,6 +16,8 @@ from tests.upstream.certificates import Certificates
 from tests.waiting import until
 
 Figures = dict[str, float]
+Results = dict[str, dict[str, Figures]]
+"""By case and target."""
 
 SETTLED_S = 0.3
 
@@ -102,6 +104,7 @@ def measure(case: Case, target: Target, endpoint: str, files: Certificates) -> F
     rest(SETTLED_S)
     figures: Figures = {"base_mib": target.memory_mib()}
     before_s = target.cpu_s()
+    each_s: list[float] = []
     with contextlib.ExitStack() as stack:
         bystander = stack.enter_context(Bystander(target, endpoint)) if case.keys else None
         load = stack.enter_context(Load(case, target, files))
@@ -122,17 +125,30 @@ def measure(case: Case, target: Target, endpoint: str, files: Certificates) -> F
                     figures["create_cpu_us"] = 1e6 * (before_s - created_s) / case.watch_count
                     figures["watch_kib"] = 1024 * (target.memory_mib() - figures["base_mib"]) / case.watch_count
                     figures["late_create_ms"] = bystander.latest_ms()
+                each_s = target.cpu_each_s()
                 if case.kind is Kind.FANOUT:
                     write(case, endpoint, case.behind, case.writes, case.rate)
                 load.go()
             figures |= _told(case, load.says(), target.cpu_s() - before_s)
+            if len(each_s) > 2:
+                figures |= _by_process(case, [s - was for s, was in zip(target.cpu_each_s(), each_s, strict=True)])
         if bystander is not None:
             figures["late_ms"] = bystander.latest_ms()
         figures["memory_mib"] = target.memory_mib()
+        figures["pss_mib"] = target.pss_mib()
         figures["peak_mib"] = target.peak_mib()
     parts = case.watch_count or case.in_flight
     figures["kib_each"] = 1024 * (figures["memory_mib"] - figures["base_mib"]) / parts
     return figures
+
+
+def _by_process(case: Case, spent_s: list[float]) -> Figures:
+    """Return the CPU of a write (or call) in the parent, the hub and a worker, and the least busy worker's share."""
+    parent_s, hub_s, *workers_s = spent_s
+    mean_s = sum(workers_s) / len(workers_s)
+    each = {"parent_us": parent_s, "hub_us": hub_s, "worker_us": mean_s}
+    figures = {name: 1e6 * seconds / (case.writes or case.calls) for name, seconds in each.items()}
+    return figures | {"least_share": min(workers_s) / mean_s}
 
 
 def _quiet(target: Target) -> float:

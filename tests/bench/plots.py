@@ -8,10 +8,19 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tests.bench.cases import OLD_PEER, OURS, PEER
-from tests.bench.report import Results, ratio
+from tests.bench.cases import LEVELS, OLD_PEER, OURS, PEER, WORKERS
+from tests.bench.measure import Results
+from tests.bench.report import ratio
 
-COLOURS = {"floor": "#b0b0b0", "etcd": "#e0a458", PEER: "#4a7fb5", OLD_PEER: "#9dbcd8", OURS: "#2a9d6e"}
+COLOURS = {
+    "floor": "#b0b0b0",
+    "etcd": "#e0a458",
+    PEER: "#4a7fb5",
+    OLD_PEER: "#9dbcd8",
+    OURS: "#2a9d6e",
+    WORKERS: "#8ccbb0",
+    LEVELS: "#bfe3d3",
+}
 FANOUT = ("burst", "paced", "single", "stacked", "ranges", "lowfan", "variants", "catch-up", "tls")
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from rich.table import Table
 
+from tests.bench import several
 from tests.bench.cases import CASES, OLD_PEER, OURS, PEER, Case, Kind
-from tests.bench.measure import Figures
+from tests.bench.measure import Figures, Results
 
 RATIO_FREE = frozenset({"lost"})
-Results = dict[str, dict[str, Figures]]
 
 # The figures of each kind of case: the figure, its heading, its digits.
 _EVENTS = (
@@ -78,6 +78,15 @@ BOUNDS = (
 SCALE = ("scale-10", "scale-100", "scale-1000", "scale-10000")
 GROWTH_MAX = 1.2
 """The allowed factor of an event's cost with ten times the watches."""
+CALCULATED = "\n".join(
+    wrap(
+        "Calculated, since a machine with more cores was not to be had: from the cost of an event at "
+        f"{CASES[several.FEW].watch_count:,} and at {CASES[several.MANY].watch_count:,} watches follows what it costs "
+        "with other numbers of workers and clients, as long as a worker has a core for itself and etcd and the clients "
+        "are elsewhere:",
+        120,
+    )
+)
 GOAL_FIGURES = ("cpu_us", "p99_ms", "memory_mib")
 
 
@@ -208,7 +217,16 @@ def summary_of(results: Results, about: dict[str, Any]) -> str:
     ]
     if any(OLD_PEER in targets for targets in results.values()):
         lines += ["The same to the grpc-proxy of etcd 3.4, in front of the same etcd:", "", goals_of(results, OLD_PEER)]
-    return "\n".join([*lines, bounds_of(results)])
+    lines.append(bounds_of(results))
+    if measured := several.measured_of(results):
+        lines += [
+            "`--workers=2` (and a leaf in front of a hub), sums of all processes, compared with one process:",
+            "",
+            measured,
+        ]
+    if calculated := several.calculated_of(results):
+        lines += [CALCULATED, "", calculated]
+    return "\n".join(lines)
 
 
 def details_of(results: Results, about: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The targets: the floor, etcd itself, its own grpc-proxy, and watchmux; each a separate process."""
+"""The targets: the floor, etcd itself, its own grpc-proxy, and watchmux; each in processes of its own."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coalesce.limits import CoreLimits
-from tests.bench.cases import OLD_PEER, OURS, PEER, Case
+from tests.bench.cases import LEVELS, OLD_PEER, OURS, PEER, WORKERS, Case
 from tests.etcd.binaries import etcds
 from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.upstream.certificates import Certificates
@@ -23,30 +23,51 @@ PYTHON = sys.executable
 
 @dataclass(frozen=True)
 class Target:
-    """A running server: its address and its process."""
+    """A running server: its address and its processes."""
 
     name: str
     port: int
     pid: int
+    others: tuple[int, ...] = ()
+    """Further processes: with --workers the hub and the workers, in this order; in two levels the hub."""
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """All of its processes."""
+        return (self.pid, *self.others)
+
+    def cpu_each_s(self) -> list[float]:
+        """Return the user and system CPU seconds that each process has used, by the nanosecond.
+
+        Reads their CPU clocks; Linux derives the clock's id from the process id (clock_getcpuclockid(3)).
+        """
+        return [time.clock_gettime(~pid << 3 | 2) for pid in self.pids]
 
     def cpu_s(self) -> float:
-        """Return the user and system CPU seconds the process has used, by the nanosecond.
-
-        Reads its CPU clock; Linux derives the clock's id from the process id (clock_getcpuclockid(3)).
-        """
-        return time.clock_gettime(~self.pid << 3 | 2)
+        """Return the CPU seconds of all processes."""
+        return sum(self.cpu_each_s())
 
     def memory_mib(self) -> float:
-        """Return the resident memory in MiB."""
-        return self._status("VmRSS")
+        """Return the memory in MiB: resident of one process, proportional of several, which share pages."""
+        return self.pss_mib() if self.others else self._sum("status", "VmRSS:")
+
+    def pss_mib(self) -> float:
+        """Return the sum of the proportional set sizes (proc(5)) in MiB: a page counts once for all that share it."""
+        return self._sum("smaps_rollup", "Pss:")
 
     def peak_mib(self) -> float:
-        """Return the most resident memory it ever had, in MiB."""
-        return self._status("VmHWM")
+        """Return the most resident memory that its processes ever had, in MiB."""
+        return self._sum("status", "VmHWM:")
 
-    def _status(self, name: str) -> float:
-        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(name + ":")) / 1024
+    def _sum(self, file: str, name: str) -> float:
+        texts = (Path(f"/proc/{pid}/{file}").read_text() for pid in self.pids)
+        lines = (next(line for line in text.splitlines() if line.startswith(name)) for text in texts)
+        return sum(int(line.split()[1]) for line in lines) / 1024
+
+
+def children(pid: int) -> tuple[int, ...]:
+    """Return the child processes of a process: of watchmux --workers the hub and the workers, in this order."""
+    return tuple(sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())))
 
 
 def _listens(port: int) -> bool:
@@ -122,7 +143,7 @@ def _grpc_proxy(name: str, binary: Path, case: Case, etcd: EtcdServer, files: Ce
 
 
 @contextmanager
-def ours(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
+def ours(case: Case, etcd: EtcdServer, files: Certificates, *flags: str, name: str = OURS) -> Iterator[Target]:
     """Yield watchmux, in front of `etcd`, started as the README says."""
     port = free_port()
     command = [
@@ -131,11 +152,30 @@ def ours(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
         f"--listen-addr={HOST}:{port}",
         f"--metrics-addr={HOST}:{free_port()}",
         *_tls(case, files),
+        *flags,
     ]
     if case.watch_count >= CoreLimits().watches_max:
         command.append(f"--watches-max={case.watch_count + 1000}")
-    with _started(OURS, command, port) as target:
+    with _started(name, command, port) as target:
         yield target
+
+
+@contextmanager
+def with_workers(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
+    """Yield watchmux with two workers: a parent, a hub, and the workers."""
+    with ours(case, etcd, files, "--workers=2", name=WORKERS) as target:
+        until(lambda: len(children(target.pid)) == 3, "the hub and the workers", 20)
+        yield replace(target, others=children(target.pid))
+
+
+@contextmanager
+def two_levels(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
+    """Yield a leaf, which takes its watches from a hub in front of `etcd`."""
+    with (
+        ours(case, etcd, files, name="hub") as hub,
+        ours(case, etcd, files, f"--watch-endpoints={HOST}:{hub.port}", name=LEVELS) as leaf,
+    ):
+        yield replace(leaf, others=(hub.pid,))
 
 
 TARGETS: dict[str, Callable[[Case, EtcdServer, Certificates], AbstractContextManager[Target]]] = {
@@ -144,4 +184,6 @@ TARGETS: dict[str, Callable[[Case, EtcdServer, Certificates], AbstractContextMan
     PEER: peer,
     OLD_PEER: old_peer,
     OURS: ours,
+    WORKERS: with_workers,
+    LEVELS: two_levels,
 }

@@ -12,11 +12,12 @@ from typing import Any, cast
 import pytest
 
 from proto.pb import kv_pb2, rpc_pb2
-from tests.bench import report
+from tests.bench import report, several
 from tests.bench.arrivals import Arrivals
 from tests.bench.caller import stamped
-from tests.bench.cases import ALL, CASES, OLD_PEER, VARIANTS, Case, Kind
+from tests.bench.cases import CASES, OLD_PEER, VARIANTS, WITH_SEVERAL, Case, Kind
 from tests.bench.load import Client, Tally, quantile_ms
+from tests.bench.measure import Results
 from tests.bench.profiles import DATA, PING, WINDOW_UPDATE, CCore, GrpcGo, GrpcJs, frame
 from tests.bench.wire import MARKER, frames, message_frame
 from tests.etcd.server import HOST
@@ -38,7 +39,7 @@ def test_mixed_watches_get_the_events_their_options_allow() -> None:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
 def test_cases_are_complete(case: Case) -> None:
-    assert set(case.targets) <= set(ALL)
+    assert set(case.targets) <= set(WITH_SEVERAL)
     assert not case.mixed or (case.writes % 3 == 0 and case.behind % 3 == 0)
     if case.kind is Kind.CALLS:
         assert case.in_flight % case.connections == 0
@@ -128,7 +129,7 @@ def test_other_profiles_send_less() -> None:
 
 def test_tables_show_ratios_and_missed_goals() -> None:
     figures = {"cpu_us": 2.0, "p50_ms": 1.0, "p99_ms": 8.0, "memory_mib": 50.0, "lost": 0.0}
-    results: report.Results = {
+    results: Results = {
         "burst": {"grpc-proxy": figures, "watchmux": {**figures, "cpu_us": 0.5, "lost": 3.0}},
     }
     assert "| **burst** | grpc-proxy | 2.00 |" in report.markdown_of(results)
@@ -145,7 +146,7 @@ def test_tables_show_ratios_and_missed_goals() -> None:
 
 def test_bounds_apply_to_watchmux_alone() -> None:
     costs = {"scale-10": 30.0, "scale-100": 4.0, "scale-1000": 1.0, "scale-10000": 1.5}
-    results: report.Results = {name: {"watchmux": {"cpu_us": cost, "lost": 0.0}} for name, cost in costs.items()}
+    results: Results = {name: {"watchmux": {"cpu_us": cost, "lost": 0.0}} for name, cost in costs.items()}
     results["idle"] = {"watchmux": {"create_s": 0.5}, "grpc-proxy": {"create_s": 9.0}}
     results["idle-watches"] = {"watchmux": {"memory_mib": 300.5}}
     results["burst"] = {"watchmux": {"lost": 2.0}, "grpc-proxy": {"lost": 7.0}}
@@ -155,3 +156,33 @@ def test_bounds_apply_to_watchmux_alone() -> None:
         "| CPU of an event with ten times the watches, at most times | 1.50 **missed** | 1.2 |",
         "| events lost and calls failed, all cases together | 2.00 **missed** | 0 |",
     ]
+
+
+def workers(cpu_us: float, hub_us: float, worker_us: float) -> dict[str, float]:
+    return {"cpu_us": cpu_us, "parent_us": 0.0, "hub_us": hub_us, "worker_us": worker_us}
+
+
+def test_costs_of_workers_follow_from_two_fan_outs() -> None:
+    # One process: 300 us + 1 us a delivery; a worker: 200 us + 1 us a delivery; the hub: 100 us.
+    results: Results = {
+        "scale-100": {"watchmux": {"cpu_us": 4.0}, "watchmux-workers": workers(6.0, 100, 250)},
+        "scale-10000": {"watchmux": {"cpu_us": 1.03}, "watchmux-workers": workers(1.05, 100, 5200)},
+    }
+    costs = several.costs_of(results)["50 streams on a connection"]
+    assert costs.of(2, 1000) == pytest.approx(100 + 2 * 200 + 1000)
+    # 500 + n = 1.25 * (300 + n)
+    assert costs.clients_for(1.25, 2) == pytest.approx(500)
+    assert costs.speedup(4, 10_000) == pytest.approx(4 * 10_300 / 10_900)
+    assert (
+        "| 50 streams on a connection | 300 + 1.00 a delivery | 100 | 200 + 1.00 a delivery |"
+        in several.calculated_of(results)
+    )
+    assert several.calculated_of({}) == ""
+
+
+def test_two_workers_are_judged_by_one_process() -> None:
+    one = {"cpu_us": 1.0, "p50_ms": 2.0, "pss_mib": 28.0}
+    two = {**workers(1.5, 50, 60), "least_share": 0.7, "p50_ms": 2.4, "pss_mib": 65.0}
+    table = several.measured_of({"paced": {"watchmux": one, "watchmux-workers": two}})
+    cells = "1.00 | 1.50 (1.50 of 1.25 **missed**) |  | 0 + 50 + 60 | 0.70 **missed** | 2.00 | 2.40 | 28.0 | 65.0 |"
+    assert table.splitlines()[2] == f"| paced | {cells}"
