@@ -73,6 +73,7 @@ class ProcessReport(msgspec.Struct, kw_only=True):
     pid: int
     cpu_s: float
     memory_bytes: int
+    virtual_memory_bytes: int = 0
     snapshot: Snapshot
     delivery_counts: list[int] = []
     delivery_sum_s: float = 0.0
@@ -81,6 +82,13 @@ class ProcessReport(msgspec.Struct, kw_only=True):
     descriptors: int = 0
     """Open file descriptors."""
     details: WorkerDetails = WorkerDetails()
+
+
+class EndpointsInForce(msgspec.Struct, frozen=True):
+    """The endpoints that a process uses: those of a change that it has refused are not among them."""
+
+    endpoints: list[str] = []
+    watch_endpoints: list[str] = []
 
 
 class Heartbeat(msgspec.Struct, kw_only=True):
@@ -93,6 +101,7 @@ class Heartbeat(msgspec.Struct, kw_only=True):
     """Connections of clients."""
     taken: int = 0
     """Those that the parent has passed to it since its start."""
+    endpoints: EndpointsInForce = EndpointsInForce()
     report: msgspec.Raw
     """A `ProcessReport`."""
 
@@ -271,6 +280,11 @@ class AllProcesses:
     def memory_bytes(self) -> int:
         """The resident memory of all processes; pages that they share count in each."""
         return sum(report.memory_bytes for report in self.reports)
+
+    @property
+    def virtual_memory_bytes(self) -> int:
+        """The address space of all processes."""
+        return sum(report.virtual_memory_bytes for report in self.reports)
 
     @property
     def descriptors(self) -> int:

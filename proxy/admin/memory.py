@@ -11,13 +11,14 @@ CGROUPS: Final = Path("/sys/fs/cgroup")
 MEMBERSHIP: Final = Path("/proc/self/cgroup")
 
 
-def resident_bytes() -> int:
-    """Return the resident memory of this process, shared pages included; 0 if the system does not say."""
+def virtual_and_resident_bytes() -> tuple[int, int]:
+    """Return the address space and the resident memory of this process, shared pages included; 0 if unknown."""
     try:
         with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
+            virtual, resident = file.read().split()[:2]
     except OSError:
-        return 0
+        return 0, 0
+    return int(virtual) * resource.getpagesize(), int(resident) * resource.getpagesize()
 
 
 def limit_bytes(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:

@@ -6,10 +6,12 @@ bounded by the configuration or by the code. Metric families are built at scrape
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
 
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -251,8 +253,20 @@ def _processes(whole: AllProcesses) -> Iterator[Metric]:
         ("resident_memory_bytes", "Sum of the processes, shared pages included in each.", whole.memory_bytes),
         ("open_fds", "Open file descriptors of the process that has the most.", whole.descriptors),
         ("max_fds", "Maximum number of open file descriptors of a process.", descriptors.limit()),
+        ("virtual_memory_bytes", "Sum of the processes.", whole.virtual_memory_bytes),
+        (
+            "start_time_seconds",
+            "Start time of the parent of all processes, since the epoch.",
+            _start_time_s(os.getppid()),
+        ),
     ):
         yield GaugeMetricFamily(f"process_{name}", text, value=value)
+
+
+def _start_time_s(pid: int) -> float:
+    collector = ProcessCollector(pid=lambda: pid, registry=CollectorRegistry())
+    samples = {sample.name: sample.value for family in collector.collect() for sample in family.samples}
+    return samples.get("process_start_time_seconds", 0.0)
 
 
 def families(snapshot: Snapshot) -> Iterator[Metric]:

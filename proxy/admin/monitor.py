@@ -114,11 +114,13 @@ class Monitor:
                 )
         used = resource.getrusage(resource.RUSAGE_SELF)
         delivered = self._own_deliveries.histogram
+        virtual, resident = memory.virtual_and_resident_bytes()
         return ProcessReport(
             name=name,
             pid=os.getpid(),
             cpu_s=round(used.ru_utime + used.ru_stime, 2),
-            memory_bytes=memory.resident_bytes(),
+            memory_bytes=resident,
+            virtual_memory_bytes=virtual,
             snapshot=self._source.take(),
             delivery_counts=list(delivered.counts),
             delivery_sum_s=delivered.sum,

@@ -225,6 +225,11 @@ class Parent:
         if self._pipe is not None:
             self._pipe[1].write(_line(message))
 
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes of messages that the parent has not taken yet: it is stopped."""
+        return 0 if self._pipe is None else self._pipe[1].transport.get_write_buffer_size()
+
     async def leave(self) -> None:
         """Send what is still queued and close the socket."""
         if self._listening is not None:

@@ -6,13 +6,13 @@ import asyncio
 import base64
 import contextlib
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from proxy.admin.aggregate import AllProcesses, Heartbeat, ParentMessage
+from proxy.admin.aggregate import AllProcesses, EndpointsInForce, Heartbeat, ParentMessage
 from proxy.admin.monitor import Monitor
 from proxy.listening.sockets import Listening
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from proxy.process.child import Parent
     from proxy.process.reloading import Reloading
     from proxy.server import Proxy
+    from upstream.endpoints import Endpoint
 
 REPORT_INTERVAL_S: Final = 2.5
 """Interval of the reports to the parent; a process that begins or ceases to serve reports at once. A report costs a
@@ -50,15 +51,16 @@ class ReportingProcess:
         """What it reports."""
         self._reloading: Reloading | None = None
         self._report_task: asyncio.Task[None] | None = None
+        self._settings = ""
+        """Changed settings that arrived while the process was starting."""
 
     def came(self, line: bytes) -> None:
         """Follow an order of the parent."""
         order = msgspec.json.decode(line, type=ParentMessage)
         if self.place.whole is not None:
             self.place.whole.learn(order)
-        if order.settings and self._reloading is not None:
-            settings = pickle.loads(base64.b64decode(order.settings))
-            self._reloading.reload(lambda: (settings, []))
+        self._settings = order.settings or self._settings
+        self._apply()
 
     def record(self, proxy: Proxy, address: str, limits: Callable[[], Mapping[str, float]]) -> Monitor:
         """Record from now on what is reported and shown."""
@@ -69,9 +71,16 @@ class ReportingProcess:
     def start(self, proxy: Proxy, parent: Parent, reloading: Reloading, monitor: Monitor) -> None:
         """Report from now on, and apply changed settings."""
         self._reloading = reloading
+        self._apply()
         self._report_task = asyncio.get_running_loop().create_task(
             self._report_periodically(proxy, parent, monitor), name="reports"
         )
+
+    def _apply(self) -> None:
+        if self._settings and self._reloading is not None:
+            settings = pickle.loads(base64.b64decode(self._settings))
+            self._settings = ""
+            self._reloading.reload(lambda: (settings, []))
 
     def stop(self) -> None:
         """Stop reporting."""
@@ -88,8 +97,18 @@ class ReportingProcess:
             changed.clear()
             report = msgspec.Raw(msgspec.json.encode(monitor.report(self.place.name)))
             beat = Heartbeat(
-                problem=health.reason, hung=health.hung, open=listener.open, taken=listener.taken, report=report
+                problem=health.reason,
+                hung=health.hung,
+                open=listener.open,
+                taken=listener.taken,
+                endpoints=EndpointsInForce(_texts(proxy.endpoints), _texts(proxy.watch_endpoints)),
+                report=report,
             )
-            parent.write_line(beat)
+            if not parent.unsent_bytes:
+                parent.write_line(beat)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), REPORT_INTERVAL_S)
+
+
+def _texts(endpoints: Sequence[Endpoint]) -> list[str]:
+    return [endpoint.text for endpoint in endpoints]

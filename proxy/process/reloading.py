@@ -31,6 +31,10 @@ class Reloading:
         except Failed as error:
             log.error("invalid settings; nothing changed", problem="; ".join(str(error).splitlines()))
             return
+        except OSError as error:
+            # No file descriptor or memory is left.
+            log.error("cannot read the settings; nothing changed", problem=str(error))
+            return
         for note in notes:
             log.warning(note)
         changed = changes(self.settings, wanted)

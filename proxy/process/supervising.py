@@ -1,7 +1,7 @@
 """`--workers`: a parent that starts, watches, restarts and stops the processes of one proxy.
 
 One *hub* holds the upstream watches, and N *workers* serve clients. Each of them is the proxy as it is with one process
-(`serving.serve`): the hub listens on a unix socket in a private directory, and a worker takes its watches from there
+(`serving.serve`): the hub listens on a private unix socket, and a worker takes its watches from there
 (`--watch-endpoints`), so that no further protocol is needed. The parent accepts the clients' connections and passes
 each to the worker that has the fewest (`distributor.py`).
 
@@ -13,6 +13,7 @@ describes. If the parent dies, the kernel kills them all, also one that hangs, s
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import errno
@@ -27,17 +28,23 @@ import socket
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NoReturn
 
 import msgspec
 
 from proxy import logs
-from proxy.admin.aggregate import AllProcesses, Heartbeat, ParentMessage, ProcessReport, with_ended
+from proxy.admin.aggregate import (
+    AllProcesses,
+    EndpointsInForce,
+    Heartbeat,
+    ParentMessage,
+    ProcessReport,
+    with_ended,
+)
 from proxy.config.knobs import Settings, limits
 from proxy.config.values import Address, parse_listen_address, parse_metrics_address
 from proxy.errors import FAILURE, WRONG_REQUEST, Failed, complain
-from proxy.listening.fd_passing import ConnectionChannel
 from proxy.listening.listener import BACKLOG
 from proxy.listening.sockets import Listening, bind
 from proxy.process import serving, shares
@@ -47,19 +54,14 @@ from proxy.process.distributor import ConnectionDistributor
 from proxy.process.member import ProcessPlace
 from proxy.process.reloading import Reloading
 from proxy.process.service_manager import ServiceManager
-from proxy.process.supervision import HUB, KillProcess, Phase, StartProcess, StopProcess, Supervision
+from proxy.process.supervision import HUB, LOOK_S_MAX, KillProcess, Phase, StartProcess, StopProcess, Supervision
 from proxy.version import process_identity
-
-WAIT_S_MAX: Final = 2.5
-"""The parent looks at its processes at least this often, and passes their reports on."""
 
 PASSED_ON_S: Final = 2.5
 """How often the hub gets the reports of all processes."""
 
 IN_USE_S_MAX: Final = 2.0
 """How long a start waits for an address in use: processes of a parent that was killed may still be ending."""
-
-HUB_SOCKET: Final = "hub"
 
 log = logs.logger("workers")
 
@@ -72,13 +74,23 @@ def run(settings: Settings, notes: list[str], parent_fd: int | None, read_again:
     logs.configure(settings.log.log_level, settings.log.log_format)
     for note in notes:
         log.warning(note)
+    with contextlib.ExitStack() as stack:
+        return _Supervisor(settings, parent_fd, stack).run(read_again)
+
+
+def _private_socket() -> tuple[Listening, str]:
+    """Listen on a unix socket for the processes of this program; return it and the path to connect to.
+
+    Its file is removed at once, so that nothing stays when this process is killed. The path leads to the inherited
+    descriptor of the file: as before only the same user can connect, unlike to an abstract socket.
+    """
     directory = tempfile.mkdtemp(prefix="watchmux-")
     try:
-        with contextlib.ExitStack() as stack:
-            parent = _Supervisor(settings, parent_fd, directory, stack)
-            return parent.run(read_again)
+        path = os.path.join(directory, HUB)
+        listening = bind("", 0, path, BACKLOG)
+        return listening, f"/proc/self/fd/{os.open(path, os.O_PATH)}"
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        shutil.rmtree(directory)
 
 
 @dataclass(slots=True)
@@ -92,6 +104,8 @@ class _Process:
     """Orders that it has not taken yet: its event loop is busy."""
     ready: ChildReady | None = None
     report: msgspec.Raw | None = None
+    outdated: bool = False
+    """It was started with the endpoints in force; those that are configured were refused, or not used yet."""
 
     def send(self, order: ParentMessage) -> None:
         """Send an order, what it does not take now at the next `flush`: the parent does not wait."""
@@ -108,10 +122,12 @@ class _Process:
 class _Supervisor:
     """See the module."""
 
-    def __init__(self, settings: Settings, parent_fd: int | None, directory: str, stack: contextlib.ExitStack) -> None:
+    def __init__(self, settings: Settings, parent_fd: int | None, stack: contextlib.ExitStack) -> None:
         self._settings = settings
         self._workers = shares.count(settings.listener.workers)
-        self._directory = directory
+        # All processes use the same answer of DNS, and one that is restarted does not need DNS.
+        found = asyncio.run(serving.discovered(settings)).upstream
+        self._in_force = EndpointsInForce(found.endpoints, found.watch_endpoints)
         self._state = Supervision(self._workers, random.random, settings.listener.drain_s)
         self._processes: dict[str, _Process] = {}
         # By name, the counters of processes that have ended.
@@ -127,7 +143,7 @@ class _Supervisor:
         self._address = parse_listen_address(settings.listener.listen_addr)
         self._clients = self._bind(self._address, "--listen-addr")
         stack.callback(self._clients.remove_file)
-        self._hub = bind("", 0, os.path.join(directory, HUB_SOCKET), BACKLOG)
+        self._hub, self._hub_path = _private_socket()
         self._metrics: Listening | None = None
         if settings.admin.metrics_addr:
             self._metrics = self._bind(parse_metrics_address(settings.admin.metrics_addr), "--metrics-addr")
@@ -185,7 +201,7 @@ class _Supervisor:
         alive_at = self._alive_at if self._announced and self._manager.interval_s else None
         deadlines = (self._state.next_deadline(), self._distributor.again_at, alive_at)
         now = time.monotonic()
-        return min([WAIT_S_MAX, *(max(0.0, deadline - now) for deadline in deadlines if deadline is not None)])
+        return min([LOOK_S_MAX, *(max(0.0, deadline - now) for deadline in deadlines if deadline is not None)])
 
     def _drain_wakeups(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -225,23 +241,39 @@ class _Supervisor:
     # processes
 
     def _start(self, name: str) -> None:
-        ours, theirs = socket.socketpair()
-        listening = self._hub if name == HUB else self._distributor.started(name)
-        parent = os.getpid()
-        pid = os.fork()
-        if not pid:
-            end_with(parent)
-            ours.close()
-            self._become(name, theirs, listening)
-        theirs.close()
-        if isinstance(listening, ConnectionChannel):
-            listening.sockets[0].close()
-        self._processes[name] = _Process(pid, ours)
-        self._selector.register(ours, selectors.EVENT_READ, lambda: self._read(name))
+        try:
+            process = self._fork(name)
+        except OSError as error:
+            log.error("cannot start a process; it is tried again", name=name, problem=error.strerror)
+            self._state.not_started(name, time.monotonic())
+            return
+        self._processes[name] = process
+        self._selector.register(process.socket, selectors.EVENT_READ, lambda: self._read(name))
         self._state.started(name, time.monotonic())
         starts = self._state.processes[name].starts
         if starts > 1:
-            log.warning("process restarted", name=name, pid=pid, starts=starts)
+            log.warning("process restarted", name=name, pid=process.pid, starts=starts)
+
+    def _fork(self, name: str) -> _Process:
+        """Start a process. Raises OSError."""
+        with contextlib.ExitStack() as failed, contextlib.ExitStack() as done:
+            ours, theirs = socket.socketpair()
+            failed.callback(ours.close)
+            done.callback(theirs.close)
+            if name == HUB:
+                listening = self._hub
+            else:
+                listening = self._distributor.started(name)
+                done.callback(listening.sockets[0].close)
+                failed.callback(self._distributor.ended, name)
+            parent = os.getpid()
+            pid = os.fork()
+            if not pid:
+                end_with(parent)
+                ours.close()
+                self._become(name, theirs, listening)
+            failed.pop_all()
+            return _Process(pid, ours, outdated=self._in_force != self._wanted())
 
     def _become(self, name: str, theirs: socket.socket, listening: Listening) -> NoReturn:
         """Be a process from now on. Does not return."""
@@ -252,8 +284,10 @@ class _Supervisor:
                 process.socket.close()
             self._distributor.forget()
             signal.set_wakeup_fd(-1)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
+            # One that is sent to all processes by name is the parent's, which reads the settings once.
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
             self._selector.close()
             for each in (self._woken, self._waking, self._own_parent):
                 if each is not None:
@@ -275,16 +309,25 @@ class _Supervisor:
         import uvloop
 
         logs.name_process(name)
-        path = os.path.join(self._directory, HUB_SOCKET)
         if name == HUB:
-            settings = shares.hub_settings(self._settings, self._workers, path)
             whole = AllProcesses(self._reports(), self._ended, self._since, limits(self._settings))
             place = ProcessPlace(name, listening, metrics=self._metrics, whole=whole)
         else:
-            hub = f"http+unix://{path}"
-            settings = shares.worker_settings(self._settings, self._workers, hub)
-            place = ProcessPlace(name, listening, hub=hub)
-        return uvloop.run(serving.serve(settings, [], fd, None, place))
+            place = ProcessPlace(name, listening, hub=f"http+unix://{self._hub_path}")
+        return uvloop.run(serving.serve(self._part(name, self._in_force), [], fd, None, place))
+
+    def _part(self, name: str, endpoints: EndpointsInForce) -> Settings:
+        """Return the settings of a process, with these endpoints."""
+        upstream = replace(
+            self._settings.upstream,
+            discovery_srv="",
+            endpoints=endpoints.endpoints,
+            watch_endpoints=endpoints.watch_endpoints,
+        )
+        settings = replace(self._settings, upstream=upstream)
+        if name == HUB:
+            return shares.hub_settings(settings, self._workers, self._hub_path)
+        return shares.worker_settings(settings, self._workers, f"http+unix://{self._hub_path}")
 
     def _reap(self) -> None:
         for name, process in tuple(self._processes.items()):
@@ -330,6 +373,12 @@ class _Supervisor:
                 continue
             beat = msgspec.json.decode(line, type=Heartbeat)
             process.report = beat.report
+            if name == HUB:
+                self._in_force = beat.endpoints
+            if process.outdated and not beat.problem:
+                # It knows its cluster now, so it refuses those of another one.
+                process.outdated = False
+                process.send(self._change(name))
             self._state.reported(name, time.monotonic(), problem=beat.problem, hung=beat.hung)
             if name != HUB:
                 self._distributor.reported(name, beat.open, beat.taken)
@@ -372,7 +421,7 @@ class _Supervisor:
             "serving",
             **process_identity(),
             address=self._settings.listener.advertise_client_url or str(address),
-            endpoints=self._settings.upstream.endpoints,
+            endpoints=self._in_force.endpoints,
             workers=self._workers,
             **({"metrics": f"http://{metrics}/metrics"} if metrics else {}),
         )
@@ -385,12 +434,16 @@ class _Supervisor:
         self._settings = settings
         self._state.drain_s = settings.listener.drain_s
         logs.configure(settings.log.log_level, settings.log.log_format)
-        path = os.path.join(self._directory, HUB_SOCKET)
         for name, process in self._processes.items():
-            if name == HUB:
-                theirs = shares.hub_settings(settings, self._workers, path)
-            else:
-                theirs = shares.worker_settings(settings, self._workers, f"http+unix://{path}")
-            process.send(
-                ParentMessage(settings=base64.b64encode(pickle.dumps(theirs)).decode(), limits=limits(settings))
-            )
+            process.send(self._change(name))
+
+    def _change(self, name: str) -> ParentMessage:
+        """Return the message that gives a process the settings in force, and the endpoints that are wanted."""
+        theirs = pickle.dumps(self._part(name, self._wanted()))
+        return ParentMessage(settings=base64.b64encode(theirs).decode(), limits=limits(self._settings))
+
+    def _wanted(self) -> EndpointsInForce:
+        """The endpoints that are configured; those from DNS do not change."""
+        upstream = self._settings.upstream
+        endpoints = self._in_force.endpoints if upstream.discovery_srv else upstream.endpoints
+        return EndpointsInForce(endpoints, upstream.watch_endpoints)

@@ -19,6 +19,9 @@ HUB: Final = "hub"
 SILENT_S: Final = 15.0
 """A process that reports nothing for this time is killed. Processes report every 2.5 s: its event loop is blocked."""
 
+LOOK_S_MAX: Final = 2.5
+"""The parent looks at its processes at least this often."""
+
 LATE_S: Final = 6.0
 """A worker that reports nothing for this time gets no new connections while others report."""
 
@@ -123,6 +126,7 @@ class Supervision:
     processes: dict[str, Supervised] = field(default_factory=dict)
     _kill_at: float = 0.0
     _together_until: float | None = None
+    _looked_at: float | None = None
     _asked: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -158,6 +162,11 @@ class Supervision:
         if not self.served_together:
             self.served_together = all(each.serving for each in self._workers)
 
+    def not_started(self, name: str, now: float) -> None:
+        """A process could not be started: the machine has no process, memory or file descriptor left."""
+        process = self.processes[name]
+        process.start_at = now + process.backoff.failed(now)
+
     def ended(self, name: str, now: float) -> None:
         """A process has ended."""
         process = self.processes[name]
@@ -177,6 +186,11 @@ class Supervision:
 
     def due(self, now: float) -> Iterator[Action]:
         """Yield what is to be done now. The caller does it, and reports starts and ends."""
+        if self._looked_at is not None and now > self._looked_at + 2 * LOOK_S_MAX:
+            # The parent itself was stopped (SIGSTOP): what was reported meanwhile may not be read yet.
+            for process in self.processes.values():
+                process.heard_at = now
+        self._looked_at = now
         if self.phase is Phase.RUN:
             for number, process in enumerate(self.processes.values()):
                 if not process.running and process.start_at <= now:

@@ -7,6 +7,7 @@ import pytest
 from proxy.process.supervision import (
     HUB,
     LATE_S,
+    LOOK_S_MAX,
     RESTART_S_FIRST,
     RESTART_S_MAX,
     SILENT_S,
@@ -49,6 +50,12 @@ def hear(state: Supervision, now: float) -> None:
             state.reported(process.name, now)
 
 
+def silent(state: Supervision, since: float, now: float) -> bool:
+    """Look at the processes as often as the parent does; return whether there was nothing to do until now."""
+    looks = int((now - since) / LOOK_S_MAX) + 1
+    return not any(due(state, since + (now - since) * look / looks) for look in range(1, looks + 1))
+
+
 def test_the_hub_starts_first_then_one_worker_then_the_rest() -> None:
     state = Supervision(3, lambda: 1.0)
     assert due(state, 0) == [StartProcess(HUB)]
@@ -58,6 +65,31 @@ def test_the_hub_starts_first_then_one_worker_then_the_rest() -> None:
     assert due(state, 1) == []
     state.reported(ONE, 2)
     assert due(state, 2) == [StartProcess(TWO), StartProcess("worker-3")]
+
+
+def test_a_parent_that_was_stopped_kills_no_process() -> None:
+    """Their reports wait to be read: they are silent from now on."""
+    state = running()
+    assert due(state, 1) == []
+    assert due(state, 100) == []
+    assert state.takers(100) == [ONE, TWO]
+    hear(state, 101)
+    assert silent(state, 101, 100.9 + SILENT_S)
+    assert due(state, 101 + SILENT_S) == [KillProcess(HUB), KillProcess(ONE), KillProcess(TWO)]
+
+
+def test_a_process_that_cannot_be_started_is_tried_again() -> None:
+    state = running()
+    state.ended(ONE, 1)
+    assert list(state.due(1)) == [StartProcess(ONE)]
+    waits = []
+    for _ in range(9):
+        state.not_started(ONE, 1)
+        waits.append(state.processes[ONE].start_at - 1)
+    assert waits == sorted(waits)
+    assert waits[0] >= RESTART_S_FIRST
+    assert waits[-1] == RESTART_S_MAX
+    assert state.processes[ONE].starts == 1
 
 
 @pytest.mark.parametrize("name", [HUB, ONE, TWO])
@@ -89,10 +121,11 @@ def test_restarts_in_a_row_wait_longer_and_longer() -> None:
 
 def test_a_silent_process_is_killed_once_and_restarted() -> None:
     state = running()
+    assert silent(state, 0, 10)
     hear(state, 10)
     state.reported(HUB, 10 + SILENT_S / 2)
     state.reported(TWO, 10 + SILENT_S / 2)
-    assert due(state, 10 + SILENT_S - 1) == []
+    assert silent(state, 10, 10 + SILENT_S - 1)
     assert state.next_deadline() == 10 + SILENT_S
     assert due(state, 10 + SILENT_S) == [KillProcess(ONE)]
     assert due(state, 10 + SILENT_S) == []

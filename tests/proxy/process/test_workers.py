@@ -7,16 +7,16 @@ import contextlib
 import http.client
 import os
 import signal
-import ssl
 import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
+from prometheus_client import CollectorRegistry, Metric, ProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
 from coalesce.limits import CoreLimits
@@ -39,16 +39,16 @@ from tests.e2e.scenario import run
 from tests.etcd.server import HOST, EtcdServer
 from tests.faults.scene import PREFIX, PREFIX_END, Writer, reached
 from tests.proxy_process import ProxyProcess
-from tests.upstream.certificates import make_certificates
 from tests.waiting import until, until_async
 
 WATCHERS = "etcd_debugging_mvcc_watcher_total"
 
 
 @pytest.fixture
-def served(etcd: EtcdServer) -> Iterator[ProxyProcess]:
+def served(etcd: EtcdServer, tmp_path: Path) -> Iterator[ProxyProcess]:
     """A proxy with two workers."""
-    with ProxyProcess(etcd.endpoint, ["--workers=2", "--drain=1s"]) as proxy:
+    files = {"TMPDIR": str(tmp_path)}
+    with ProxyProcess(etcd.endpoint, ["--workers=2", "--drain=1s"], files) as proxy:
         until(lambda: len(proxy.processes()) == 3, "all processes", 20)
         yield proxy
 
@@ -69,12 +69,28 @@ async def test_workers_share_one_upstream_watch_and_one_page(etcd: EtcdServer, s
         lambda: [trunk["watches"] for trunk in served.overview()["trunks"]] == [24], "the watches of the range", 10
     )
     assert shown["now"]["serving"]
+    assert served.process is not None
+    parent = served.process.pid
+    usual = _samples(ProcessCollector(pid=lambda: parent, registry=CollectorRegistry()).collect())
+    page = await asyncio.to_thread(_page, f"http://{HOST}:{served.metrics_port}/metrics")
+    exported = _samples(text_string_to_metric_families(page))
+    assert [name for name in usual if not exported.get(name)] == []
+    assert exported["process_start_time_seconds"] == usual["process_start_time_seconds"]
     shares = {each["name"]: each["watches"] for each in shown["processes"]}
     assert shares["worker-1"] + shares["worker-2"] == 24
     # Connections that closed since the last report still count for a worker.
     assert min(shares["worker-1"], shares["worker-2"]) >= 6
     for client in clients:
         await client.close()
+
+
+def _page(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def _samples(families: Iterable[Metric]) -> dict[str, float]:
+    return {sample.name: sample.value for family in families for sample in family.samples}
 
 
 @pytest.mark.long
@@ -123,8 +139,7 @@ class Counters(threading.Thread):
                 self._read()
 
     def _read(self) -> None:
-        with urllib.request.urlopen(self._url, timeout=10) as answer:
-            families = text_string_to_metric_families(answer.read().decode())
+        families = text_string_to_metric_families(_page(self._url))
         for family in families:
             for sample in family.samples if family.type in ("counter", "histogram") else ():
                 key = sample.name, " ".join(sample.labels.values())
@@ -180,11 +195,12 @@ def test_a_signal_drains_all_processes(served: ProxyProcess) -> None:
     assert served.log().count('"msg": "stopped"') == 4
 
 
-def test_all_processes_end_with_the_parent(served: ProxyProcess) -> None:
-    """Also one that hangs; the parent can be started again at once."""
+def test_all_processes_end_with_the_parent(served: ProxyProcess, tmp_path: Path) -> None:
+    """Also one that hangs; the parent can be started again at once, and leaves no files."""
     before = served.processes()
     os.kill(before["worker-1"], signal.SIGSTOP)
     served.kill()
+    assert not list(tmp_path.iterdir())
     served.start()
     until(lambda: not [pid for pid in before.values() if _runs(pid)], "all processes to end", 10)
     until(lambda: len(served.processes()) == 3, "all processes", 20)
@@ -196,19 +212,6 @@ def _runs(pid: int) -> bool:
         return "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-def test_sighup_changes_the_limits_of_all_processes(etcd: EtcdServer, tmp_path: Path) -> None:
-    file = tmp_path / "watchmux.toml"
-    file.write_text('[watch]\nwatches_max = 1000\n[log]\nlog_level = "info"\n')
-    with ProxyProcess(etcd.endpoint, ["--workers=2", f"--config={file}"]) as proxy:
-        until(lambda: len(proxy.processes()) == 3, "all processes", 20)
-        assert proxy.overview()["limits"]["watches_max"] == 1000
-        file.write_text('[watch]\nwatches_max = 2\n[log]\nlog_level = "info"\n')
-        assert proxy.process is not None
-        proxy.process.send_signal(signal.SIGHUP)
-        until(lambda: proxy.log().count('"msg": "settings reloaded"') == 4, "all processes to reload", 10)
-        until(lambda: proxy.overview()["limits"]["watches_max"] == 2, "the limit of the whole", 10)
 
 
 @pytest.mark.parametrize(
@@ -239,17 +242,6 @@ def test_an_address_in_use_is_not_shared_with_others(served: ProxyProcess) -> No
     )
     assert ended.returncode != 0
     assert "it is in use" in ended.stderr
-
-
-def test_workers_with_a_certificate_serve_only_tls(etcd: EtcdServer, tmp_path: Path) -> None:
-    files = make_certificates(tmp_path)
-    secured = [f"--cert-file={files.server_cert}", f"--key-file={files.server_key}"]
-    with ProxyProcess(etcd.endpoint, ["--workers=2", "--drain=1s", *secured]) as proxy:
-        trusted = ssl.create_default_context(cafile=files.ca)
-        with urllib.request.urlopen(f"https://{proxy.endpoint}/version", timeout=20, context=trusted) as answer:
-            assert b"etcdserver" in answer.read()
-        with pytest.raises((OSError, http.client.HTTPException)):
-            urllib.request.urlopen(f"http://{proxy.endpoint}/version", timeout=20)
 
 
 def test_a_unix_socket_is_shared_by_all_workers(etcd: EtcdServer, tmp_path: Path) -> None:

@@ -1,0 +1,32 @@
+"""One process of several, as its parent drives it."""
+
+from __future__ import annotations
+
+import base64
+import pickle
+from dataclasses import replace
+
+import msgspec
+
+from proxy.admin.aggregate import ParentMessage
+from proxy.admin.monitor import Monitor
+from proxy.config.knobs import Settings
+from proxy.listening.sockets import Listening
+from proxy.process.child import Parent
+from proxy.process.member import ProcessPlace, ReportingProcess
+from proxy.process.reloading import Reloading
+from tests.e2e.running import proxy_for
+
+
+async def test_settings_that_arrive_during_the_start_are_applied() -> None:
+    settings = Settings()
+    changed = replace(settings, watch=replace(settings.watch, watches_max=7))
+    message = ParentMessage(settings=base64.b64encode(pickle.dumps(changed)).decode())
+    applied: list[Settings] = []
+    process = ReportingProcess(ProcessPlace("worker-1", Listening([])))
+    process.came(msgspec.json.encode(message))
+    assert not applied
+    async with proxy_for("127.0.0.1:1") as proxy:
+        process.start(proxy, Parent(None), Reloading(settings, applied.append), Monitor(proxy, "here:1"))
+        assert applied == [changed]
+        process.stop()
