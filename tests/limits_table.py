@@ -216,7 +216,6 @@ READS: Final = {
 CONNECTION: Final = {
     "connect_timeout_s": Row(_UPSTREAM % "connect_timeout_s", f"{_UP}test_silent_endpoint_is_given_up_and_counted"),
     "next_address_s": Row(NOTHING, f"{_ADDRESSES}test_unresponsive_address_delays_no_client"),
-    "batch_interval_s": Row(NOTHING, "upstream/test_batching.py::test_a_burst_of_events_is_read_at_once_in_order"),
     "settings_timeout_s": Row(
         _UPSTREAM % "settings_timeout_s", f"{_UP}test_server_that_ignores_settings_is_given_up_and_counted"
     ),
@@ -229,6 +228,7 @@ CONNECTION: Final = {
         NOTHING, "upstream/test_connection.py::test_flow_control_a_call_kept_is_returned_at_its_end"
     ),
     "useless_frames_max": Row(_UPSTREAM % "useless_frames_max", f"{_UP}test_server_that_sends_useless_frames"),
+    "batch_interval_s": Row(NOTHING, "upstream/test_batching.py::test_a_burst_of_events_is_read_at_once_in_order"),
     "write_high_bytes": Row(NOTHING, "upstream/test_connection.py::test_full_transport_buffer_pauses_the_connection"),
     "write_low_bytes": Row(NOTHING, "upstream/test_connection.py::test_full_transport_buffer_pauses_the_connection"),
 }
