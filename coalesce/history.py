@@ -128,10 +128,9 @@ class History:
         batch.history = self
         batch.arrived_at = now
         ledger.entries.append(batch)
-        ledger.held += 1
         stats = ledger.stats
         stats.history_bytes += memory_bytes
-        stats.history_batches = ledger.held
+        stats.history_batches += 1
         limits = ledger.limits
         if (
             self.bytes > limits.history_bytes_max
@@ -241,7 +240,7 @@ def _passing(events: Sequence[Event], variant: int, span: Span | None) -> Sequen
 class HistoryBudget:
     """All batches of all histories, in the order of their arrival."""
 
-    __slots__ = ("entries", "held", "limits", "stats")
+    __slots__ = ("entries", "limits", "stats")
 
     def __init__(self, limits: CoreLimits, stats: Stats) -> None:
         self.limits = limits
@@ -249,8 +248,6 @@ class HistoryBudget:
         # Oldest first; those that their histories have evicted stay, without events, until they are the oldest or are
         # too many.
         self.entries: deque[Batch] = deque()
-        # Batches not evicted.
-        self.held = 0
 
     def hold_bounds(self, history: History) -> None:
         """Evict batches until one history and all of them together are within their bounds."""
@@ -271,13 +268,12 @@ class HistoryBudget:
         batch.history = None
         # Its events are freed at once.
         batch.events = ()
-        self.held -= 1
         self.stats.history_bytes -= batch.memory_bytes
-        self.stats.history_batches = self.held
+        self.stats.history_batches -= 1
         entries = self.entries
         while entries and entries[0].history is None:
             entries.popleft()
-        if len(entries) > 2 * self.held + 64:
+        if len(entries) > 2 * self.stats.history_batches + 64:
             self.entries = deque(entry for entry in entries if entry.history is not None)
 
     def expire(self, now: float) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Final, Protocol, cast
 
 from proto.framing import Status
@@ -220,6 +219,26 @@ class ClientConnection(asyncio.Protocol):
         self.answer_due.since = None
         # Not by comparing times: on a fast network the answer arrives in the same tick of the loop's clock.
         self._pinged_at = None
+        stream = self.http2.receive_data(data)
+        if stream is None:
+            self._receive(data)
+            return
+        self._receiving = True
+        try:
+            size = len(data) - FRAME_HEADER_BYTES
+            call: UpstreamCall | None = stream.owner
+            if call is None:
+                self.http2.consumed(stream, size)
+            else:
+                call.owed += size
+                call.handler.on_data(data[FRAME_HEADER_BYTES:], size)
+        finally:
+            self._receiving = False
+        if self._flush_scheduled:
+            self._flush()
+
+    def _receive(self, data: bytes) -> None:
+        """Receive anything but one whole DATA frame."""
         if self._first is not None:
             self._first = (self._first + data)[:_FIRST_BYTES_MAX]
             # The first frame must be SETTINGS (RFC 9113 3.4); the type follows the three bytes of length.
@@ -227,26 +246,16 @@ class ClientConnection(asyncio.Protocol):
                 self._fail(not_http2(self.endpoint.text, self.secure, self._first))
                 return
         self._receiving = True
-        stream = self.http2.receive_data(data)
-        cork = self.cork if stream is None else None
+        cork = self.cork
         if cork is not None:
             cork.cork()
         try:
-            if stream is None:
-                self._dispatch(self.http2.receive(data))
-            elif stream.owner is None:
-                self.http2.consumed(stream, len(data) - FRAME_HEADER_BYTES)
-            else:
-                call: UpstreamCall = stream.owner
-                size = len(data) - FRAME_HEADER_BYTES
-                call.owed += size
-                call.handler.on_data(data[FRAME_HEADER_BYTES:], size)
+            self._dispatch(self.http2.receive(data))
         finally:
             self._receiving = False
             if cork is not None:
                 cork.uncork()
-        if stream is None or self._flush_scheduled:
-            self._flush()
+        self._flush()
 
     def pause_writing(self) -> None:
         """Stop sending: the kernel's buffer is full."""
@@ -582,14 +591,6 @@ async def connect(
         _discard(made, Unreachable(endpoint.text, "attempt cancelled", "no action needed: another endpoint was faster"))
         raise
     return made[-1]
-
-
-def settings_after(connection: ClientConnection, settings: ConnectionSettings) -> ConnectionSettings:
-    """Return the settings for the next connection: with fewer PINGs if the server refused ours (too_many_pings)."""
-    if not connection.pinged_too_often:
-        return settings
-    # As gRPC's keep-alive specification (gRFC A8) requires.
-    return replace(settings, keepalive_s=2 * settings.keepalive_s)
 
 
 def _discard(made: list[ClientConnection], reason: Unreachable) -> None:

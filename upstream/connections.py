@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from typing import Final
 
 from upstream.connection import ClientConnection
 from upstream.endpoints import Backoff
 from upstream.errors import Logger, Unreachable
-from upstream.settings import UpstreamSettings
+from upstream.settings import ConnectionSettings, UpstreamSettings
 
 # Places reserved on each connection: this share (1/8) of them, and at most this many. The proxy's own calls use them.
 # Also, a server may count a stream a moment longer than we do, and refuse the next one (grpc-go does).
@@ -313,3 +314,11 @@ class Connections:
         self._seen = {connection: seen[connection] for connection in self._open}
         if len(self._open) > 1:
             self._trim = self._loop.call_later(self._settings.surplus_idle_s, self._close_idle)
+
+
+def settings_after(connection: ClientConnection, settings: ConnectionSettings) -> ConnectionSettings:
+    """Return the settings for the next connection: with fewer PINGs if the server refused ours (too_many_pings)."""
+    if not connection.pinged_too_often:
+        return settings
+    # As gRPC's keep-alive specification (gRFC A8) requires.
+    return replace(settings, keepalive_s=2 * settings.keepalive_s)

@@ -6,8 +6,8 @@ import asyncio
 from typing import Final, Protocol
 
 from proto import etcd_errors
-from upstream.connection import ClientConnection, settings_after
-from upstream.connections import Connections
+from upstream.connection import ClientConnection
+from upstream.connections import Connections, settings_after
 from upstream.endpoints import Backoff, Endpoint
 from upstream.errors import Logger, Unreachable
 from upstream.fitness import Fitness, read_fitness

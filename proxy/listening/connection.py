@@ -542,7 +542,7 @@ class ServerConnection(asyncio.Protocol):
             return
         if self._pings is None:
             self._pings = PingPolicy(settings.keepalive_min_s)
-        if self._pings.too_many(self._heard_at, self.h2.progress(), bool(self.h2.streams)):
+        if self._pings.too_many(self._heard_at, self.h2.progress(), len(self.h2.streams)):
             self._client_erred = True
             self._listener.stats.failed += 1
             self._listener.stats.cut_off[TOO_MANY_PINGS.decode()] += 1

@@ -31,17 +31,18 @@ class PingPolicy:
         self._progress = -1
         self._strikes = 0
 
-    def too_many(self, now: float, progress: int, has_streams: bool) -> bool:
+    def too_many(self, now: float, progress: int, streams: int) -> bool:
         """Count a ping at `now`, in seconds; return whether it exceeds the limit.
 
         `progress` grows with each DATA and HEADERS frame sent; growth since the last ping resets the strikes.
+        `streams` is the number of open ones.
         """
         last, self._last = self._last, now
         if progress != self._progress:
             self._progress = progress
             self._strikes = 0
             return False
-        least_s = self._min_s if has_streams else max(self._min_s, IDLE_MIN_S)
+        least_s = self._min_s if streams else max(self._min_s, IDLE_MIN_S)
         if last is not None and now - last < least_s:
             self._strikes += 1
         return self._strikes > STRIKES_MAX

@@ -25,8 +25,8 @@ from typing import Any
 from proto import etcd_errors
 from proto.framing import Status
 from proto.scan import WatchResponse, scan_watch_response
-from upstream.connection import ClientConnection, settings_after
-from upstream.connections import Connections
+from upstream.connection import ClientConnection
+from upstream.connections import Connections, settings_after
 from upstream.credentials import Credentials
 from upstream.dial import Dialer, Server, ServerInUse, any_of
 from upstream.endpoints import Endpoint

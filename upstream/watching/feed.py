@@ -128,7 +128,7 @@ class ResponseOrder:
         # The start of an incomplete small message; None between messages, the usual case.
         self._buffer: bytearray | None = None
         # Bytes the buffer must hold before it is examined again.
-        self._need = PREFIX_BYTES
+        self._need = 0
         # A large message that is still arriving.
         self._coming: LargePieces | None = None
         # Large responses that are not fully read and small ones that are held back, oldest first, and the responses
@@ -163,14 +163,12 @@ class ResponseOrder:
 
         Raises FramingError for a compressed message, and ScanError; the stream cannot be used after that.
         """
-        buffer, self._buffer = self._buffer, None
+        buffer = self._buffer
         if buffer is not None:
             buffer += data
             if len(buffer) < self._need:
-                self._buffer = buffer
                 return []
-            data = bytes(buffer)
-        self._need = PREFIX_BYTES
+            data, self._buffer = bytes(buffer), None
         responses: list[WatchResponse] = []
         scan = self._scan
         pos, end = 0, len(data)
@@ -183,6 +181,7 @@ class ResponseOrder:
                     self._coming = None
                 continue
             if end - pos < PREFIX_BYTES:
+                self._need = PREFIX_BYTES
                 break
             flag, length = unpack_prefix(data, pos)
             if flag:
