@@ -10,6 +10,7 @@ import asyncio
 import gc
 import secrets
 from collections.abc import Sequence
+from functools import partial
 
 from coalesce.core import Coalescer
 from coalesce.limits import CoreLimits as CoreLimits
@@ -22,7 +23,9 @@ from proxy.listening.http1 import Http1
 from proxy.listening.listener import Listener
 from proxy.listening.settings import ListenerSettings
 from proxy.listening.sockets import Listening
+from proxy.listening.turns import in_parts
 from proxy.passthrough import shared_reads
+from proxy.passthrough.endless import end_endless
 from proxy.passthrough.relay import Passthrough
 from proxy.passthrough.route_status import RouteStatus
 from proxy.passthrough.settings import PassthroughSettings
@@ -272,7 +275,7 @@ class Proxy:
         """Close all client connections gracefully, then stop; True if every call ended within `limit_s` seconds.
 
         New connections are refused, the others get GOAWAY, health reports NOT_SERVING, watches end UNAVAILABLE, spread
-        over half of the limit, and calls in progress may complete.
+        over half of the limit, then keep-alive streams as well, and calls in progress may complete.
         """
         self.probe.stop()
         log.info("draining", connections=len(self.listener.connections), watches=len(self.watches.calls))
@@ -284,6 +287,7 @@ class Proxy:
             async with asyncio.timeout(limit_s):
                 await self.watches.drain(limit_s * DRAIN_WATCHES_SHARE)
             self.health.leave_all()
+            in_parts(self.listener.connections, partial(end_endless, text=watch_service.DRAIN_TEXT))
         except TimeoutError:
             pass
         gone = await self.listener.wait_gone(max(0.0, deadline - loop.time()))

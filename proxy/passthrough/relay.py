@@ -412,6 +412,15 @@ class Relay:
             call.reset(ErrorCode.CANCEL)
             self._owner.slot_freed()
 
+    def cut_short(self, refusal: CallRefusal) -> None:
+        """End the call on both sides with a status, unless a message of its response is incomplete."""
+        if self._boundary is not None and self._boundary.inside:
+            return
+        call, self._call = self._call, None
+        self.refuse(refusal)
+        if call is not None:
+            call.reset(ErrorCode.CANCEL)
+
     def abort_unread(self) -> None:
         """Reset the call on both sides: too many bytes are unread."""
         self.connection.h2.reset(self.stream, ErrorCode.ENHANCE_YOUR_CALM)

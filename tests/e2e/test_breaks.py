@@ -9,6 +9,7 @@ import grpc
 import pytest
 
 from proto.framing import Status
+from proto.pb import rpc_pb2
 from tests.e2e.judging import assert_kept
 from tests.e2e.raw_client import RawClient, WatchStream
 from tests.e2e.running import Etcd, direct, next_to_etcd, proxy_for, served
@@ -139,6 +140,26 @@ async def test_drain(etcd: EtcdServer) -> None:
         with contextlib.suppress(ConnectionRefusedError):
             await asyncio.open_connection("127.0.0.1", proxy.port)
             pytest.fail("a drained proxy accepts connections")
+
+
+async def test_a_drain_does_not_wait_for_keep_alive_streams(etcd: EtcdServer) -> None:
+    async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
+        grant = rpc_pb2.LeaseGrantRequest(TTL=60).SerializeToString()
+        granted = await client.unary("/etcdserverpb.Lease/LeaseGrant", grant)
+        lease = rpc_pb2.LeaseGrantResponse.FromString(granted.messages[0]).ID
+        alive = client.call("/etcdserverpb.Lease/LeaseKeepAlive")
+        for _ in range(2):
+            alive.send(rpc_pb2.LeaseKeepAliveRequest(ID=lease).SerializeToString())
+            answer = rpc_pb2.LeaseKeepAliveResponse.FromString(await alive.next())
+            assert (lease, 60) == (answer.ID, answer.TTL)
+        observed = client.call("/v3electionpb.Election/Observe")
+        observed.send(b"", end=True)
+        await until_async(lambda: len(proxy.pool.pick().http2.streams) == 2, "both at etcd")  # type: ignore[union-attr]
+        assert await proxy.drain(20)
+        for call in (alive, observed):
+            status, text = await call.end()
+            assert status == Status.UNAVAILABLE
+            assert "shutting down" in text
 
 
 async def test_a_drain_ends_within_its_timeout(etcd: EtcdServer) -> None:

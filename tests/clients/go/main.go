@@ -93,9 +93,9 @@ func (c *common) context() (context.Context, context.CancelFunc) {
 }
 
 func main() {
-	commands := map[string]func([]string){"watch": watch, "load": load, "crowd": crowd}
+	commands := map[string]func([]string){"watch": watch, "load": load, "crowd": crowd, "outage": outage}
 	if len(os.Args) < 2 || commands[os.Args[1]] == nil {
-		fail(fmt.Errorf("usage: %s watch|load|crowd --endpoints=HOST:PORT[,...] [flags]", os.Args[0]))
+		fail(fmt.Errorf("usage: %s watch|load|crowd|outage --endpoints=HOST:PORT[,...] [flags]", os.Args[0]))
 	}
 	commands[os.Args[1]](os.Args[2:])
 }
