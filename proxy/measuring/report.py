@@ -13,7 +13,7 @@ from html import escape
 
 from proxy.measuring.comparison import Comparison, Row, Series, Unit, show_factor, show_value
 
-WIDTH, HEIGHT = 520.0, 220.0
+WIDTH, HEIGHT = 340.0, 170.0
 LEFT, RIGHT, TOP, BOTTOM = 64.0, 12.0, 12.0, 26.0
 
 STYLE = """
@@ -114,14 +114,14 @@ def _card(row: Row) -> str:
     most = max(row.before or 0.0, row.after or 0.0, 1e-9)
     bars = []
     for kind, value, y in (("before", row.before, 4), ("after", row.after, 34)):
-        width = max(2.0, (value or 0.0) / most * 118)
+        width = max(2.0, (value or 0.0) / most * 72)
         bars.append(f'<rect class="{kind}" x="0" y="{y}" width="{width:.1f}" height="22" rx="3"/>')
         text = escape(show_value(value, row.unit))
         bars.append(f'<text class="value" x="{width + 8:.1f}" y="{y + 16}">{text}</text>')
     label = escape(f"{row.name}: {show_value(row.before, row.unit)} and {show_value(row.after, row.unit)}")
     return (
         f'<div class="card"><h3>{escape(row.name)}</h3><p class="factor">{show_factor(row.factor) or "-"}</p>'
-        f'<svg class="bars" viewBox="0 0 210 60" role="img" aria-label="{label}">{"".join(bars)}</svg></div>'
+        f'<svg class="bars" viewBox="0 0 150 60" role="img" aria-label="{label}">{"".join(bars)}</svg></div>'
     )
 
 

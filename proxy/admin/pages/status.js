@@ -112,6 +112,11 @@ function draw(id, points, first, second, steps) {
   svg.replaceChildren(...parts);
 }
 
+function drawCharts(points) {
+  draw("chart-watches", points, (point) => point.watches, (point) => point.upstream_watches, true);
+  draw("chart-events", points, (point) => point.events_out_per_s, (point) => point.events_in_per_s);
+}
+
 function nice(value) {
   const step = 10 ** Math.floor(Math.log10(value));
   return [1, 2, 4, 5, 10].map((times) => times * step).find((candidate) => candidate >= value);
@@ -235,9 +240,7 @@ async function refresh() {
     const answer = await fetch("/v1/overview", { cache: "no-store" });
     const view = await answer.json();
     showState(view.now, view);
-    const points = view.points;
-    draw("chart-watches", points, (point) => point.watches, (point) => point.upstream_watches, true);
-    draw("chart-events", points, (point) => point.events_out_per_s, (point) => point.events_in_per_s);
+    drawCharts(view.points);
     showTables(view);
     showLimits(view);
     before = view;
@@ -255,4 +258,5 @@ async function refresh() {
   setTimeout(refresh, EVERY_MS);
 }
 
+addEventListener("resize", () => before && drawCharts(before.points));
 refresh();
