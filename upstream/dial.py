@@ -44,17 +44,17 @@ def has_ordered_progress(version: str) -> bool:
     return numbers >= (3, 5, 13) or (3, 4, 31) <= numbers < (3, 5, 0)
 
 
-def _standing(status: rpc_pb2.StatusResponse) -> RaftPosition:
+def _position_of(status: rpc_pb2.StatusResponse) -> RaftPosition:
     header = status.header
     seen = Header.make(header.cluster_id, header.member_id, header.revision, header.raft_term)
     return RaftPosition(seen, status.raftAppliedIndex, status.raftIndex)
 
 
-async def read_standing(connection: ClientConnection, timeout_s: float) -> RaftPosition | None:
+async def read_position(connection: ClientConnection, timeout_s: float) -> RaftPosition | None:
     """Read a server's position from its status; None when it does not answer."""
     try:
         answer, _ = await call_unary(connection, STATUS_PATH, b"", (), timeout_s)
-        return _standing(rpc_pb2.StatusResponse.FromString(answer))
+        return _position_of(rpc_pb2.StatusResponse.FromString(answer))
     except (NotSent, CallFailed, DecodeError):
         return None
 
@@ -70,7 +70,7 @@ class ServerInUse(NamedTuple):
 class Server:
     """A server that answered, and its status."""
 
-    __slots__ = ("connection", "has_leader", "header", "ordered_progress", "standing", "target", "version")
+    __slots__ = ("connection", "has_leader", "header", "ordered_progress", "position", "target", "version")
 
     def __init__(self, target: Target, connection: ClientConnection) -> None:
         self.target = target
@@ -80,7 +80,7 @@ class Server:
         self.ordered_progress = False
         # From its status; None when it refused to give it.
         self.header: Header | None = None
-        self.standing: RaftPosition | None = None
+        self.position: RaftPosition | None = None
         # It knows a leader; assumed when it refused to give its status.
         self.has_leader = True
 
@@ -323,8 +323,8 @@ class Dialer:
             raise Unreachable(where, "it is a learner, which serves no watches", "promote it or leave it out")
         server.version = status.version
         server.ordered_progress = has_ordered_progress(status.version)
-        server.standing = _standing(status)
-        server.header = server.standing.header
+        server.position = _position_of(status)
+        server.header = server.position.header
         server.has_leader = status.leader != 0
         server.target.leaderless = not server.has_leader
 

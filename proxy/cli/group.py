@@ -17,18 +17,18 @@ import click
 from proxy.errors import INTERRUPTED, WRONG_REQUEST, Failed, complain
 
 
-class _FlagPlace(NamedTuple):
+class _CommandEntry(NamedTuple):
     module: str
     help: str
 
 
 COMMANDS = {
-    "serve": _FlagPlace("proxy.cli.serve", "Run the proxy in front of etcd."),
-    "store": _FlagPlace("proxy.cli.store", "Run the bundled etcd-compatible store standalone."),
-    "demo": _FlagPlace("proxy.cli.demo", "Demonstrate the proxy with real processes, in half a minute."),
-    "measure": _FlagPlace("proxy.cli.measure", "Measure the load on etcd without and with the proxy."),
-    "status": _FlagPlace("proxy.cli.status", "Show the status of a running proxy."),
-    "config": _FlagPlace("proxy.cli.config", "Print or check a configuration file."),
+    "serve": _CommandEntry("proxy.cli.serve", "Run the proxy in front of etcd."),
+    "store": _CommandEntry("proxy.cli.store", "Run the bundled etcd-compatible store standalone."),
+    "demo": _CommandEntry("proxy.cli.demo", "Demonstrate the proxy with real processes, in half a minute."),
+    "measure": _CommandEntry("proxy.cli.measure", "Measure the load on etcd without and with the proxy."),
+    "status": _CommandEntry("proxy.cli.status", "Show the status of a running proxy."),
+    "config": _CommandEntry("proxy.cli.config", "Print or check a configuration file."),
 }
 
 

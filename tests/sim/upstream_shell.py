@@ -121,7 +121,7 @@ class UpstreamShell:
         self.endpoints = [Endpoint(member) for member in members]
         # The connected member, and the position that the member reported then.
         self.endpoint: Endpoint | None = None
-        self.standing: Any = None
+        self.position: Any = None
         # Streams that ended alone: their watches wait to be registered again.
         self.unregistered = False
         self.opened = 0
@@ -186,7 +186,7 @@ class UpstreamShell:
     def store_went_back(self, revision: int) -> None:
         """Note that the store's revision has gone back."""
         self.state.newest_revision = revision
-        self.lineage.went_back(self.standing if self.endpoint is not None else None)
+        self.lineage.went_back(self.position if self.endpoint is not None else None)
 
     def set_endpoints(self, members: Sequence[AnyMember]) -> None:
         """Change the endpoints; the one in use serves until another one does."""
@@ -238,15 +238,15 @@ class UpstreamShell:
         """Check a new connection as upstream/watching/client.py does, before any watch is registered there."""
         verdicts = self._parts.lineage.HistoryVerdict
         now = self._where(rng, endpoint.member)
-        if self.lineage.seen(now) is verdicts.SUSPECT:
+        if self.lineage.check(now) is verdicts.SUSPECT:
             later = now._replace(committed=endpoint.member.index) if rng.random() < 0.9 else None
-            verdict = self.lineage.seen_again(now, later)
+            verdict = self.lineage.check_again(now, later)
             if verdict is verdicts.OTHER:
                 self.on.other_history(now.header)
                 self.lineage.went_back(now)
             if verdict is verdicts.UNKNOWN:
                 return False
-        self.standing = now
+        self.position = now
         return True
 
     def _use(self, endpoint: Endpoint) -> None:
@@ -255,9 +255,9 @@ class UpstreamShell:
         self._search_again()
         ordered: bool = endpoint.member.ordered_progress
         revision = 0
-        if self.standing is not None:
-            revision = self.standing.header.revision
-            self.on.header(self.standing.header)
+        if self.position is not None:
+            revision = self.position.header.revision
+            self.on.header(self.position.header)
         self._do(self.state.connect(ordered, revision))
         self.on.resumed(ordered)
 
@@ -280,22 +280,22 @@ class UpstreamShell:
         if self.endpoint is not None and better:
             endpoint = rng.choice(better)
             if self._recognise(rng, endpoint):
-                standing = self.standing
+                position = self.position
                 self.disconnect()
-                self.standing = standing
+                self.position = position
                 self._use(endpoint)
 
     @property
-    def wants_a_look(self) -> bool:
+    def is_check_due(self) -> bool:
         """Whether the position of the store must be read again."""
-        return self.endpoint is not None and self.lineage.wants_a_look(self.standing, self.state.newest_revision)
+        return self.endpoint is not None and self.lineage.is_check_due(self.position, self.state.newest_revision)
 
     def look_again(self, rng: random.Random) -> bool:
         """Read the position of the store in use again, if wanted; return whether that was enough."""
-        if self.endpoint is None or not self.wants_a_look:
+        if self.endpoint is None or not self.is_check_due:
             return False
         self._recognise(rng, self.endpoint)
-        return not self.wants_a_look
+        return not self.is_check_due
 
     def rotate(self, rng: random.Random) -> None:
         """
@@ -310,9 +310,9 @@ class UpstreamShell:
         self._leaving.update(self._links)
         self.endpoint = other
         self.state.ordered_progress = other.member.ordered_progress
-        if self.standing is not None:
-            self.state.note_revision(self.standing.header.revision)
-            self.on.header(self.standing.header)
+        if self.position is not None:
+            self.state.note_revision(self.position.header.revision)
+            self.on.header(self.position.header)
         self.on.resumed(other.member.ordered_progress)
 
     def end_leaving(self, rng: random.Random) -> None:
@@ -368,7 +368,7 @@ class UpstreamShell:
     def disconnect(self) -> None:
         """Lose the connection with everything in flight."""
         self.breaks += 1
-        self.endpoint = self.standing = None
+        self.endpoint = self.position = None
         self.unregistered = False
         for stream in list(self._links):
             self._unlink(stream)

@@ -54,38 +54,38 @@ def test_log_that_grew_less_than_the_revision_is_suspect(
 
 def test_suspect_that_does_not_answer_is_not_used() -> None:
     lineage = HistoryTracker()
-    assert lineage.seen(at(51, 54)) is HistoryVerdict.SAME
+    assert lineage.check(at(51, 54)) is HistoryVerdict.SAME
     suspect = at(81, 64)
-    assert lineage.seen(suspect) is HistoryVerdict.SUSPECT
-    assert lineage.seen_again(suspect, None) is HistoryVerdict.UNKNOWN
+    assert lineage.check(suspect) is HistoryVerdict.SUSPECT
+    assert lineage.check_again(suspect, None) is HistoryVerdict.UNKNOWN
     # The known position has not changed.
-    assert lineage.seen(suspect) is HistoryVerdict.SUSPECT
-    assert lineage.seen_again(suspect, at(90, 100)) is HistoryVerdict.SAME
+    assert lineage.check(suspect) is HistoryVerdict.SUSPECT
+    assert lineage.check_again(suspect, at(90, 100)) is HistoryVerdict.SAME
 
 
 def test_restored_store_becomes_the_known_history() -> None:
     lineage = HistoryTracker()
-    lineage.seen(at(51, 54))
+    lineage.check(at(51, 54))
     restored = at(81, 64)
-    lineage.seen(restored)
-    assert lineage.seen_again(restored, at(82, 65)) is HistoryVerdict.OTHER
+    lineage.check(restored)
+    assert lineage.check_again(restored, at(82, 65)) is HistoryVerdict.OTHER
     assert lineage.known == restored
-    assert lineage.seen(at(90, 73)) is HistoryVerdict.SAME
+    assert lineage.check(at(90, 73)) is HistoryVerdict.SAME
     # Restored again, from a snapshot at 81: the log is shorter than before.
-    assert lineage.seen(at(95, 17)) is HistoryVerdict.SUSPECT
+    assert lineage.check(at(95, 17)) is HistoryVerdict.SUSPECT
 
 
 def test_history_is_checked_again_after_the_known_revision() -> None:
     lineage = HistoryTracker()
-    lineage.seen(at(51, 54))
+    lineage.check(at(51, 54))
     connected = at(51, 40)
-    assert lineage.seen(connected) is HistoryVerdict.SAME
-    assert not lineage.wants_a_look(connected, 51)
-    assert lineage.wants_a_look(connected, 52)
-    assert not lineage.wants_a_look(None, 52)
+    assert lineage.check(connected) is HistoryVerdict.SAME
+    assert not lineage.is_check_due(connected, 51)
+    assert lineage.is_check_due(connected, 52)
+    assert not lineage.is_check_due(None, 52)
     # Its first position is known already.
     assert lineage.known is not None
-    assert not lineage.wants_a_look(lineage.known, 60)
+    assert not lineage.is_check_due(lineage.known, 60)
 
 
 CURRENT, *OLDER = etcds()

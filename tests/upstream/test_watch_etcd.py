@@ -147,12 +147,12 @@ async def test_watches_that_sleep_through_a_compaction(etcd: EtcdServer) -> None
                 last = await writer.put(b"busy")
             await until_async(lambda: len(seen.revisions(busy)) == 5, "the events")
             # As if the proof for the watch that will be idle had been lost with the connection.
-            standing = client._state.registration(asleep)
-            assert standing is not None
-            position = standing.next_revision
+            registration = client._state.registration(asleep)
+            assert registration is not None
+            position = registration.next_revision
             client.request_progress(1)
             await until_async(lambda: seen.progress(proven) == seen.progress(asleep) == last, "the proofs")
-            standing.next_revision = position
+            registration.next_revision = position
             way.cut()
             await until_async(lambda: not client.connected, "the break")
             await writer.put(b"busy")

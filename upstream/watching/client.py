@@ -364,9 +364,9 @@ class WatchClient:
                 stream.shell.leave()
             self._apply(self._state.refused(stream, Status.UNAUTHENTICATED, etcd_errors.INVALID_TOKEN))
         if before != self._unanswered.problem:
-            self._say_problem()
+            self._report_problem()
 
-    def _say_problem(self) -> None:
+    def _report_problem(self) -> None:
         if self.on_problem is not None:
             self.on_problem()
 
@@ -387,7 +387,7 @@ class WatchClient:
         while True:
             server = await self._dialer.dial(self._acceptable)
             if not await self._history.passes(server):
-                self._turn_down(server)
+                self._reject(server)
                 continue
             await self._log_in(server)
             self._use(server)
@@ -399,7 +399,7 @@ class WatchClient:
                     continue
                 better = await self._dialer.dial_unless(partial(self._is_better, wanted), self._lost, self._moved)
                 if better is not None and not await self._history.passes(better):
-                    self._turn_down(better)
+                    self._reject(better)
                 elif better is not None:
                     await self._log_in(better)
                     self._leave()
@@ -409,7 +409,7 @@ class WatchClient:
             self.breaks += 1
             self._listener.broken()
 
-    def _turn_down(self, server: Server) -> None:
+    def _reject(self, server: Server) -> None:
         """Reject a server that was just found, and retry it later."""
         problem = "its store may have been restored, and it did not return its status again"
         self._dialer.problem(server.target, f"{server.target.endpoint.text}: {problem}")
@@ -444,7 +444,7 @@ class WatchClient:
 
     def _attempt_failed(self) -> None:
         """Decide, after a failed attempt, whether to continue without a leader."""
-        self._say_problem()
+        self._report_problem()
         targets = self._dialer.targets
         if self._choice.failed(targets, self._server is not None):
             self._log.warning(
@@ -511,7 +511,7 @@ class WatchClient:
             other.connection.close()
             raise
         only = self.connection_count == 0
-        server.standing = other.standing
+        server.position = other.position
         server.version = other.version
         self._state.ordered_progress = other.ordered_progress and (only or self._state.ordered_progress)
         if other.header is not None:
@@ -523,7 +523,7 @@ class WatchClient:
 
     def _places_changed(self) -> None:
         self._places.begin_waiting()
-        self._say_problem()
+        self._report_problem()
 
     def _connection_ended(self, connection: ClientConnection, rotated: bool) -> None:
         self.rotated += rotated

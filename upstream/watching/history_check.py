@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from proto.scan import Header
 from upstream.connection import ClientConnection
-from upstream.dial import Server, read_standing
+from upstream.dial import Server, read_position
 from upstream.errors import Logger
-from upstream.watching.lineage import HistoryTracker, HistoryVerdict, described
+from upstream.watching.lineage import HistoryTracker, HistoryVerdict, log_fields
 
 
 class HistoryCheck:
@@ -32,16 +32,16 @@ class HistoryCheck:
 
     async def passes(self, server: Server) -> bool:
         """Check a server before it is used. False: the store may be another one, and the server does not answer."""
-        tracker, known, now = self._tracker, self._tracker.known, server.standing
-        if now is None or tracker.seen(now) is not HistoryVerdict.SUSPECT or known is None:
+        tracker, known, now = self._tracker, self._tracker.known, server.position
+        if now is None or tracker.check(now) is not HistoryVerdict.SUSPECT or known is None:
             return True
-        later = await read_standing(self._pick(server), self._timeout_s)
-        verdict = tracker.seen_again(now, later)
+        later = await read_position(self._pick(server), self._timeout_s)
+        verdict = tracker.check_again(now, later)
         if verdict is HistoryVerdict.OTHER:
             self._log.warning(
                 "etcd has another history: it was restored from a snapshot or replaced; watches are cancelled",
                 endpoint=server.target.endpoint.text,
-                **described(known, now),
+                **log_fields(known, now),
             )
             self._other_history(now.header)
             # Again: `went_back`, which the listener may have caused, does not know this position.
@@ -50,17 +50,17 @@ class HistoryCheck:
 
     def look(self, server: Server, newest_revision: int) -> None:
         """Check the server in use once more after its store has passed the known revision, if it had not before."""
-        if self._tracker.wants_a_look(server.standing, newest_revision) and self._again is None:
-            self._again = asyncio.get_running_loop().create_task(self._check_again(server), name="recognise upstream")
+        if self._tracker.is_check_due(server.position, newest_revision) and self._again is None:
+            self._again = asyncio.get_running_loop().create_task(self._repeat(server), name="recognise upstream")
 
-    async def _check_again(self, server: Server) -> None:
-        server.standing = await read_standing(self._pick(server), self._timeout_s)
+    async def _repeat(self, server: Server) -> None:
+        server.position = await read_position(self._pick(server), self._timeout_s)
         await self.passes(server)
         self._again = None
 
     def went_back(self, server: Server | None) -> None:
         """The store is known to have another history, at the position of the server in use, if there is one."""
-        self._tracker.went_back(server.standing if server is not None else None)
+        self._tracker.went_back(server.position if server is not None else None)
 
     def leave(self) -> None:
         """The server is no longer in use."""

@@ -43,7 +43,7 @@ def is_suspect(before: RaftPosition, now: RaftPosition) -> bool:
     return written > 0 and written > now.committed - before.applied
 
 
-def described(known: RaftPosition, now: RaftPosition) -> dict[str, int]:
+def log_fields(known: RaftPosition, now: RaftPosition) -> dict[str, int]:
     """Return the log fields for a store whose history has changed."""
     return {
         "known_revision": known.header.revision,
@@ -71,8 +71,8 @@ class HistoryTracker:
         # None: no position is known yet.
         self.known: RaftPosition | None = None
 
-    def seen(self, now: RaftPosition | None) -> HistoryVerdict:
-        """Check a store's position, just read; None = the server did not answer. After SUSPECT call `seen_again`."""
+    def check(self, now: RaftPosition | None) -> HistoryVerdict:
+        """Check a store's position, just read; None = the server did not answer. After SUSPECT call `check_again`."""
         if now is None:
             return HistoryVerdict.SAME
         if self.known is not None and is_suspect(self.known, now):
@@ -80,7 +80,7 @@ class HistoryTracker:
         self._take(now)
         return HistoryVerdict.SAME
 
-    def seen_again(self, now: RaftPosition, later: RaftPosition | None) -> HistoryVerdict:
+    def check_again(self, now: RaftPosition, later: RaftPosition | None) -> HistoryVerdict:
         """Check a suspect's position, read a moment later; None = the server did not answer."""
         if later is None:
             return HistoryVerdict.UNKNOWN
@@ -94,7 +94,7 @@ class HistoryTracker:
         """Record that the history was found to be another one; `now`: the store's position, None = unknown."""
         self.known = now
 
-    def wants_a_look(self, connected: RaftPosition | None, newest_revision: int) -> bool:
+    def is_check_due(self, connected: RaftPosition | None, newest_revision: int) -> bool:
         """Whether to read the store's position once more: when connected, its revision was not above the known one,
         which proves nothing, and it has passed that since (`newest_revision`).
         """
