@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 
 import msgspec
@@ -182,68 +184,48 @@ ALSO_MEASURED = (
 def compare(measured: Measurement) -> Comparison:
     """Convert a measurement to rows, series and facts."""
     shape, direct, proxied = measured.shape, measured.direct, measured.proxied
-    rows = [
-        Row(name=name, unit=unit, before=getattr(direct, field), after=getattr(proxied, field), note=note)
-        for name, unit, field, note in COMPARED
-        if None not in (getattr(direct, field), getattr(proxied, field))
-    ]
-    faults = [float(side.lost + side.duplicated + side.out_of_order + side.wrong) for side in (direct, proxied)]
-    if None not in (direct.memory_growth_bytes, proxied.memory_growth_bytes):
-        rows.append(
-            Row(
-                name="memory grew by",
-                unit=Unit.BYTES,
-                before=direct.memory_growth_bytes,
-                after=proxied.memory_growth_bytes,
-                compared=False,
-                note="etcd keeps the memory allocated in the first part, so it may grow less in the second",
-            )
-        )
-    rows += [
-        Row(name=name, unit=unit, before=getattr(direct, field), after=getattr(proxied, field), compared=False)
-        for name, unit, field in ALSO_MEASURED
-    ]
-    if proxied.proxy_cpu_s is not None:
-        rows.append(
-            Row(
-                name="the proxy's CPU time",
-                unit=Unit.SECONDS,
-                before=None,
-                after=proxied.proxy_cpu_s,
-                compared=False,
-                note="what the proxy itself uses, on whichever machine it runs",
-            )
-        )
-        memory = proxied.proxy_memory_bytes
-        rows.append(Row(name="the proxy's memory", unit=Unit.BYTES, before=None, after=memory, compared=False))
-    rows.append(Row(name="lost, doubled, wrong", unit=Unit.FAULTS, before=faults[0], after=faults[1], compared=False))
+    sides = (("directly", direct), ("through the proxy", proxied))
+    cores = f"run on this machine, which has {os.cpu_count() or 1} cores, and share it with the other processes"
     return Comparison(
         title=f"{shape.title} on {counted(shape.streams, 'stream')}",
         subtitle=f"{measured.seconds:g} s of writes, counted by {measured.upstream} itself",
         before_name="directly",
         after_name="through watchmux",
-        rows=rows,
+        rows=[*_compared_rows(direct, proxied), *_other_rows(direct, proxied)],
         series=_series(direct.samples, proxied.samples),
         facts=[
             ("events written", f"{measured.events_written:,}"),
             ("delays", "from the start of a write to its receipt by each client"),
-            (
-                "the clients",
-                f"run on this machine, which has {os.cpu_count() or 1} cores, and share it with the other processes",
-            ),
+            ("the clients", cores),
             ("proxy", measured.proxy),
         ],
-        warnings=[
-            f"{name}: {text}"
-            for name, side in (("directly", direct), ("through the proxy", proxied))
-            if (text := others_of(side))
-        ],
-        complaints=[
-            f"{name}: {text}"
-            for name, side in (("directly", direct), ("through the proxy", proxied))
-            for text in (*side.examples, *side.complaints[:5])
-        ],
+        warnings=[f"{name}: {text}" for name, side in sides if (text := others_of(side))],
+        complaints=[f"{name}: {text}" for name, side in sides for text in (*side.examples, *side.complaints[:5])],
     )
+
+
+def _compared_rows(direct: TrialCost, proxied: TrialCost) -> Iterator[Row]:
+    for name, unit, field, note in COMPARED:
+        before, after = getattr(direct, field), getattr(proxied, field)
+        if before is not None and after is not None:
+            yield Row(name=name, unit=unit, before=before, after=after, note=note)
+
+
+def _other_rows(direct: TrialCost, proxied: TrialCost) -> Iterator[Row]:
+    """Yield the rows without a reduction."""
+    row = partial(Row, compared=False)
+    before, after = direct.memory_growth_bytes, proxied.memory_growth_bytes
+    if before is not None and after is not None:
+        note = "etcd keeps the memory allocated in the first part, so it may grow less in the second"
+        yield row(name="memory grew by", unit=Unit.BYTES, before=before, after=after, note=note)
+    for name, unit, field in ALSO_MEASURED:
+        yield row(name=name, unit=unit, before=getattr(direct, field), after=getattr(proxied, field))
+    if proxied.proxy_cpu_s is not None:
+        note = "what the proxy itself uses, on whichever machine it runs"
+        yield row(name="the proxy's CPU time", unit=Unit.SECONDS, before=None, after=proxied.proxy_cpu_s, note=note)
+        yield row(name="the proxy's memory", unit=Unit.BYTES, before=None, after=proxied.proxy_memory_bytes)
+    faults = [float(side.lost + side.duplicated + side.out_of_order + side.wrong) for side in (direct, proxied)]
+    yield row(name="lost, doubled, wrong", unit=Unit.FAULTS, before=faults[0], after=faults[1])
 
 
 def others_of(side: TrialCost) -> str:
