@@ -220,7 +220,7 @@ class Proxy:
             return f"{foreign} belongs to another cluster, whose revisions do not match those that clients have"
         self.endpoints, self.watch_endpoints = wanted, sources
         self.pool.set_endpoints(wanted)
-        self.upstream.set_endpoints(sources or wanted)
+        self.upstream.set_endpoints(sources or wanted, are_proxies=bool(sources))
         return ""
 
     def _http1_endpoint(self) -> Endpoint:

@@ -47,7 +47,7 @@ def settle(world: World, rng: random.Random, seconds: float, frozen: SimClient |
             made += len(moves)
             if made > _MOVES_MAX:
                 raise SimulationFailure("the simulation never becomes idle")
-        deadline = world.core.next_deadline()
+        deadline = world.next_deadline()
         if deadline is None or deadline > until:
             world.now = max(world.now, until)
             if not world.upstream.look_again(rng):
@@ -74,28 +74,28 @@ def finish(world: World, rng: random.Random) -> None:
     for _ in range(max(1, highest - world.store.revision + 1)):
         world.store.write([(key, b"last") for key in world.config.keys])
     settle(world, rng, 6.0)
-    _ask_all(world, rng)
+    ask_all(world, rng)
     if any(not member.ordered_progress for member in world.members):
         _notify_all(world, rng)
-    _check_answers(world)
+    check_answers(world)
     _check_notified(world, rng)
     _check_quiet_resumption(world, rng)
     world.check()
-    _check_answers(world)
+    check_answers(world)
     world.upstream.check()
     _finish_moves(world, rng)
     _check_upstream(world)
-    _check_guarantees(world)
+    check_guarantees(world)
     _check_quiet_times(world, rng)
     for client in list(world.clients):
         world.close_session(client)
     # Also long enough for the oldest batch of a history.
     settle(world, rng, 400.0)
     world.check()
-    _check_nothing_left(world)
+    check_nothing_left(world)
 
 
-def _ask_all(world: World, rng: random.Random) -> None:
+def ask_all(world: World, rng: random.Random) -> None:
     """Have every session request progress, and wait for the answers."""
     for client in world.clients:
         if client.session is not None and client.session.ended is None:
@@ -149,14 +149,14 @@ def _check_notified(world: World, rng: random.Random) -> None:
     At the first tick etcd skips an upstream watch that had events. Until the second one at least the interval passes
     that the core has learnt, or knows etcd's to exceed; its own round on such a trunk is due by then.
     """
-    if world.config.channel_max < 128 or not any(watch.spec.progress_notify for watch in _live(world)):
+    if world.config.channel_max < 128 or not any(watch.spec.progress_notify for watch in live_watches(world)):
         # etcd drops progress when the channel is full.
         return
     _tick(world, rng)
     settle(world, rng, 1.1 * world.core._notifying.pace.seconds)
-    before = {id(watch): watch.bookmarks for watch in _live(world) if watch.spec.progress_notify}
+    before = {id(watch): watch.bookmarks for watch in live_watches(world) if watch.spec.progress_notify}
     _tick(world, rng)
-    for watch in _live(world):
+    for watch in live_watches(world):
         if before.get(id(watch)) == watch.bookmarks:
             raise SimulationFailure("a notification of etcd was not forwarded")
 
@@ -177,7 +177,7 @@ def _check_quiet_resumption(world: World, rng: random.Random) -> None:
     settle(world, rng, 1.0)
     world.upstream.disconnect()
     settle(world, rng, 1.0)
-    _ask_all(world, rng)
+    ask_all(world, rng)
 
 
 def _check_quiet_times(world: World, rng: random.Random) -> None:
@@ -185,23 +185,23 @@ def _check_quiet_times(world: World, rng: random.Random) -> None:
     if any(not member.ordered_progress for member in world.members):
         return
     world.permissions.expired.clear()
-    live = {id(watch): watch.bookmarks for watch in _live(world)}
+    live = {id(watch): watch.bookmarks for watch in live_watches(world)}
     for _ in range(3):
         world.store.write([(b"elsewhere", b"")])
     bookmark_s = world.config.limits["bookmark_s"]
     settle(world, rng, bookmark_s + 2.0)
     notified_s = 2.2 * world.config.limits["progress_notify_s"]
-    for watch in _live(world):
+    for watch in live_watches(world):
         if watch.spec.progress_notify and bookmark_s > notified_s and watch.bookmarks == live[id(watch)]:
             raise SimulationFailure("a quiet watch with progress_notify got no progress")
     world.store.compact(world.store.revision)
     world.upstream.disconnect()
     settle(world, rng, 1.0)
-    if {id(watch) for watch in _live(world)} != live.keys():
+    if {id(watch) for watch in live_watches(world)} != live.keys():
         raise SimulationFailure("a watch that had missed nothing was cancelled by a compaction")
 
 
-def _live(world: World) -> list[SimWatch]:
+def live_watches(world: World) -> list[SimWatch]:
     return [
         watch
         for client in world.clients
@@ -210,7 +210,7 @@ def _live(world: World) -> list[SimWatch]:
     ]
 
 
-def _check_answers(world: World) -> None:
+def check_answers(world: World) -> None:
     if world.calls.sent or world.calls.waiting:
         raise SimulationFailure("reads or checks are pending")
     for client in world.clients:
@@ -241,7 +241,7 @@ def _finish_moves(world: World, rng: random.Random) -> None:
 
 def _check_upstream(world: World) -> None:
     """Check that there is one upstream watch per cover or watched range, and nothing else."""
-    ranges = {(watch.spec.key or b"\0", watch.spec.range_end) for watch in _live(world)}
+    ranges = {(watch.spec.key or b"\0", watch.spec.range_end) for watch in live_watches(world)}
     # A cover that etcd has refused may have a twin, with or without prev_kv, that it serves.
     refused = set(map(span_of, world.core._state.covers.suspended))
     # A watch stays on a wider cover when a longer one is configured later.
@@ -256,15 +256,15 @@ def _check_upstream(world: World) -> None:
         raise SimulationFailure(f"upstream watches {watched}, wanted {allowed}")
 
 
-def _check_guarantees(world: World) -> None:
-    live = set(map(id, _live(world)))
+def check_guarantees(world: World) -> None:
+    live = set(map(id, live_watches(world)))
     revision = world.store.revision
     world.judge(lambda watch: revision if id(watch) in live else None)
     for member in world.members:
         member.check()
 
 
-def _check_nothing_left(world: World) -> None:
+def check_nothing_left(world: World) -> None:
     watchers = [span for link in world.upstream.links() for span in link.spans.values()]
     if watchers or world.open_upstreams:
         raise SimulationFailure(f"{len(watchers)} upstream watches are left after the last client")

@@ -478,7 +478,7 @@ class UpstreamShell:
 
     def _open(self, token: bytes | None) -> AnyStream:
         assert self.member is not None
-        if isinstance(self.member, StoreMember):
+        if not isinstance(self.member, Member):
             return self.member.open_stream(token, self.channel_max)
         link = ServerStream(self.member, self.channel_max)
         link.permission = partial(self.permission, token)

@@ -522,7 +522,7 @@ class World:
         if self.config.late_timers:
             self.now = until
         for _ in range(10_000):
-            deadline = self._rings_at = self.core.next_deadline()
+            deadline = self.next_deadline()
             if deadline is None or deadline > until:
                 break
             self.now = max(self.now, deadline)
@@ -530,6 +530,11 @@ class World:
         else:
             raise SimulationFailure("a timer that is always due")
         self.now = until
+
+    def next_deadline(self) -> float | None:
+        """Return when the core's timer is due."""
+        self._rings_at = self.core.next_deadline()
+        return self._rings_at
 
     def check(self) -> None:
         """Have the core check its invariants."""

@@ -461,6 +461,21 @@ def test_request_after_an_unanswered_one_is_sent_with_a_probe(state: WatchState)
     assert in_words(state.received(stream, answer(2, 13, created=True))) == ["cancel 2", "at 13 after 5"]
 
 
+def test_a_proxy_answers_late_and_proves_nothing_newer(state: WatchState) -> None:
+    """The proxy answers the first request after b's create and with a higher revision; the second was not there yet."""
+    state.late_progress = True
+    stream = live(state, Opened(b"a"))
+    assert in_words(state.request_progress(1)) == ["probe", "progress?"]
+    b = Opened(b"b")
+    state.open(b)
+    state.received(stream, refusal(10))
+    state.received(stream, answer(1, 10, created=True))
+    assert in_words(state.request_progress(2)) == ["probe", "progress?"]
+    # Not "after 2": the store may have been at 20 by then. The refusal of the probe shows it.
+    assert in_words(state.received(stream, answer(-1, 12))) == ["a b complete through 12"]
+    assert in_words(state.received(stream, refusal(20))) == ["at 20 after 2"]
+
+
 def test_more_answers_than_requests_prove_nothing(state: WatchState) -> None:
     stream = live(state, Opened(b"a"))
     assert in_words(state.received(stream, answer(-1, 11))) == ["at 11"]

@@ -71,6 +71,7 @@ class WatchClient:
         self._listener = listener
         self._log = log or NullLogger()
         self._state = WatchState(namespace, self._settings.watch_message_bytes_max)
+        self._state.late_progress = bool(route)
         # Reads a response; with a namespace, all watches are in it.
         self.scan = scan_watch_response if namespace is None else namespace.scan
         self._dialer = Dialer(endpoints, tls, self._settings, self._log, self._attempt_failed, route)
@@ -239,12 +240,14 @@ class WatchClient:
         clusters = await self._dialer.cluster_ids(endpoints)
         return next((text for text, cluster_id in clusters.items() if cluster_id != known), None)
 
-    def set_endpoints(self, endpoints: Sequence[Endpoint]) -> None:
+    def set_endpoints(self, endpoints: Sequence[Endpoint], *, are_proxies: bool = False) -> None:
         """Replace the list of endpoints by another one of the same cluster; watches stay at the server in use until one
         of the new endpoints serves.
 
         The listener only gets `resumed`.
         """
+        # Not reset: streams at a proxy may live on.
+        self._state.late_progress |= are_proxies
         self._dialer.set_endpoints(endpoints)
         self._moved.set()
 

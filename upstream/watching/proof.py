@@ -11,6 +11,10 @@ create of an empty range, which every etcd refuses, in order and with its curren
 an event or an answer to any request, is fresh enough. Servers without ordered progress get only the probe. This is
 decided per stream, by the member that serves it: a stream stays at its member when the connection rotates.
 
+A proxy as the server (--workers, --watch-endpoints) answers a request as soon as it can, which may be after the answers
+to later creates, and with a higher revision. It answers for all watches of the stream, but only a probe shows how new
+the answer is. So there each request is sent with one.
+
 Sources: etcd server/etcdserver/api/v3rpc/watch.go.
 """
 
@@ -25,15 +29,19 @@ from upstream.watching.stream import OpenedWatch, SentCreate, WatchStream
 _PROBE: Final = encode_create(b"\x01", b"\x01")
 
 
-def ask_progress(stream: WatchStream, number: int, effects: list[WatchEffect]) -> None:
-    """Request progress on a stream; `number` is the listener's number for this request."""
+def ask_progress(stream: WatchStream, number: int, effects: list[WatchEffect], *, late: bool) -> None:
+    """Request progress on a stream; `number` is the listener's number for this request.
+
+    `late`: the server may answer after the answers to later creates.
+    """
     if stream.live and not stream.paused:
-        if stream.answers_from <= stream.requested or not stream.ordered:
+        if late or stream.answers_from <= stream.requested or not stream.ordered:
             send_probe(stream, number, effects)
         if not stream.ordered:
             return
         stream.requested += 1
-        stream.numbers.append((stream.requested, number))
+        if not late:
+            stream.numbers.append((stream.requested, number))
         effects.append(WriteMessage(stream, encode_progress()))
 
 

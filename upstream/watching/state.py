@@ -92,6 +92,8 @@ class WatchState:
         self._namespace = namespace
         # The server answers manual progress requests in order with events; they are sent only if it does.
         self.ordered_progress = False
+        # The server may be a proxy, which answers such requests later than etcd does (see `proof`).
+        self.late_progress = False
         # The token of the proxy's own user, which all trunks are watched with; None = there is none (now).
         self.own_token: bytes | None = None
         # The highest revision seen in any header; 0 = none yet.
@@ -167,7 +169,7 @@ class WatchState:
                 creating = (create.registration for create in reversed(stream.creating))
                 stream.wanted = next((registration for registration in creating if registration is not None), None)
             if stream.wanted is None:
-                ask_progress(stream, number, effects)
+                ask_progress(stream, number, effects, late=self.late_progress)
             else:
                 stream.wanted_number = number
         return effects
@@ -350,7 +352,7 @@ class WatchState:
         registration.ends = 0
         if stream.wanted is registration:
             stream.wanted = None
-            ask_progress(stream, stream.wanted_number, effects)
+            ask_progress(stream, stream.wanted_number, effects, late=self.late_progress)
         if response.canceled:
             if not registration.closed:
                 effects.append(HeaderSeen(header))
