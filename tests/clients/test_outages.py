@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
+from collections.abc import Callable
 
 import pytest
 
@@ -34,7 +36,39 @@ def failed(summary: Line) -> dict[str, int]:
 
 def broke_under_way(text: str) -> bool:
     """Return whether a call had been sent when its connection broke: without a proxy a write fails so as well."""
-    return "the connection was lost" in text or "closed the connection" in text
+    return any(part in text for part in ("the connection was lost", "closed the connection", "error reading from"))
+
+
+def _kill_etcd(etcd: EtcdServer, _proxy: ProxyProcess) -> None:
+    etcd.kill()
+    etcd.start()
+
+
+def _restart_proxy(_etcd: EtcdServer, proxy: ProxyProcess) -> None:
+    proxy.stop()
+    proxy.start()
+
+
+def _kill_proxy(_etcd: EtcdServer, proxy: ProxyProcess) -> None:
+    proxy.kill()
+    proxy.start()
+
+
+@pytest.mark.parametrize("fault", [_kill_etcd, _restart_proxy, _kill_proxy])
+def test_outage_fails_only_calls_under_way(fault: Callable[[EtcdServer, ProxyProcess], None]) -> None:
+    """Puts, gets, transactions, a watch, a lease and a lock of one client; as directly, no write is done twice."""
+    with EtcdServer() as etcd, ProxyProcess(etcd.endpoint) as proxy:
+        with Clientv3("outage", proxy.endpoint) as use:
+            until(lambda: proxy.metric("watchmux_calls_total") > 100, "calls")
+            fault(etcd, proxy)
+            before = proxy.metric("watchmux_calls_total")
+            until(lambda: proxy.metric("watchmux_calls_total") > before + 100, "calls again", 30)
+            use.finish()
+        lost = failed(use.summary())
+        assert [text for text in lost if fault is _restart_proxy or not broke_under_way(text)] == []
+        keys = json.loads(etcd.ctl("get", "--prefix", "p/", "-w", "json").stdout)["kvs"]
+        assert {key["version"] for key in keys} == {1}
+        assert use.summary()["watch"]["errors"] == use.summary()["keepalives"]["errors"] == {}
 
 
 def test_restart_of_etcd_fails_no_call() -> None:

@@ -2,6 +2,7 @@
 //
 //	clientv3 watch --endpoints=HOST:PORT[,...] --key=KEY [flags]   every response of one watch
 //	clientv3 load --endpoints=HOST:PORT[,...] [flags]              puts and gets, or creates and updates; a summary at the end
+//	clientv3 outage --endpoints=HOST:PORT[,...] [flags]           calls, a watch, a lease and a lock at once; a summary at the end
 //	clientv3 crowd --endpoints=HOST:PORT[,...] [flags]            the load of a benchmark: many streams, a count of their events
 //
 // Times are seconds since the program began. A subcommand ends after --seconds, or when its stdin is closed.
