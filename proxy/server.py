@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import secrets
+import os
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from coalesce.core import Coalescer
 from coalesce.limits import CoreLimits as CoreLimits
 from proxy import logs
 from proxy.admin import health
 from proxy.admin.self_probe import SelfProbe
-from proxy.auth.cn_guard import CommonNameGuard
 from proxy.auth.reads import AuthReader, ReaderSettings
 from proxy.listening.http1 import Http1
 from proxy.listening.listener import Listener
@@ -38,8 +38,11 @@ from upstream.fitness import STATUS_PATH
 from upstream.namespace import Namespace
 from upstream.pool import Pool
 from upstream.settings import UpstreamSettings as UpstreamSettings
-from upstream.tls import FileContext
 from upstream.watching.client import WatchClient
+
+if TYPE_CHECKING:
+    from proxy.auth.cn_guard import CommonNameGuard
+    from upstream.tls import FileContext
 
 GC_THRESHOLDS = (20_000, 5, 500)
 """Allocations before a young collection, and how many of those before an older one. The fan-out creates no cycles: with
@@ -133,7 +136,7 @@ class Proxy:
         # Why watches are not served: they would come from another cluster.
         self._foreign = ""
         # Random, to find a loop of proxies.
-        self._id = secrets.token_hex(8).encode()
+        self._id = os.urandom(8).hex().encode()
 
     async def start(self) -> None:
         """Start: connections to etcd in the background, then the listener. Raises OSError when it cannot listen."""
@@ -158,6 +161,8 @@ class Proxy:
         self.upstream.on_problem = self._upstream_changed
         self.probe = SelfProbe(self.listener, self.engine, self.health, self._probe_interval_s)
         if self._upstream_cert:
+            from proxy.auth.cn_guard import CommonNameGuard
+
             self.guard = CommonNameGuard(self.reader, self._upstream_cert, self._upstream_changed)
             self.guard.start()
         self._route()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from itertools import zip_longest
 from typing import Any, Final
 
@@ -136,7 +137,7 @@ def merged(hub: Snapshot, workers: Iterable[Snapshot]) -> Snapshot:
     """Return the snapshot of the whole: of the hub and of all workers, those that have ended included."""
     parts = list(workers)
     values: dict[str, Any] = {}
-    for name in Snapshot.__struct_fields__:
+    for name in _names(Snapshot):
         of_hub, of_workers = getattr(hub, name), [getattr(part, name) for part in parts]
         if name == "address":
             # Clients know the workers' address, not the hub's private socket.
@@ -180,7 +181,7 @@ def _covers(hub: list[CoverState], workers: list[CoverState]) -> list[CoverState
         used = [each for each in parts if each.branches]
         sums = {name: sum(getattr(each, name) for each in parts) for name in COVER_SUMS}
         costs_more = bool(used) and all(each.costs_more for each in used)
-        whole.append(msgspec.structs.replace(cover, **sums, costs_more=costs_more))
+        whole.append(replace(cover, **sums, costs_more=costs_more))
     return whole
 
 
@@ -190,18 +191,20 @@ def with_counters(snapshot: Snapshot, parts: Sequence[Snapshot]) -> Snapshot:
     for name in _counters(Snapshot):
         like = getattr(snapshot, name)
         values[name] = _sum([getattr(part, name) for part in parts], {} if isinstance(like, dict) else like)
-    return msgspec.structs.replace(snapshot, **values, covers=[_cover_of(cover, parts) for cover in snapshot.covers])
+    return replace(snapshot, **values, covers=[_cover_of(cover, parts) for cover in snapshot.covers])
 
 
 def _cover_of(cover: CoverState, parts: Sequence[Snapshot]) -> CoverState:
     same = [each for part in parts for each in part.covers if each.cover == cover.cover]
-    return msgspec.structs.replace(
-        cover, **{name: sum(getattr(each, name) for each in same) for name in _counters(CoverState)}
-    )
+    return replace(cover, **{name: sum(getattr(each, name) for each in same) for name in _counters(CoverState)})
 
 
-def _counters(kind: type[msgspec.Struct]) -> list[str]:
-    return [name for name in kind.__struct_fields__ if name.endswith("_total")]
+def _names(kind: type[Snapshot] | type[CoverState]) -> list[str]:
+    return [each.name for each in fields(kind)]
+
+
+def _counters(kind: type[Snapshot] | type[CoverState]) -> list[str]:
+    return [name for name in _names(kind) if name.endswith("_total")]
 
 
 def with_ended(ended: ProcessReport | None, report: ProcessReport) -> ProcessReport:

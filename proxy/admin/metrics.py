@@ -10,18 +10,21 @@ import os
 import platform
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from proxy.admin.aggregate import AllProcesses
 from proxy.admin.delays import Histogram
 from proxy.admin.monitor import Monitor
 from proxy.admin.snapshot import Snapshot
 from proxy.config.knobs import Knob
 from proxy.listening.call_metrics import BOUNDS_S, METHODS
 from proxy.process import descriptors
+
+if TYPE_CHECKING:
+    from proxy.admin.aggregate import AllProcesses
 
 GAUGES = {
     "bundled_store": "Whether the proxy serves its bundled store, which loses its data, and no etcd (1) or not (0).",
@@ -191,6 +194,15 @@ def metric_at(limit: Knob) -> str:
     """Return the metric, with its label, that shows that a setting's limit was reached."""
     name = metric_name(limit.about.reached)
     return f'{name}{{limit="{limit.key}"}}' if limit.about.reached in LABELLED else name
+
+
+def registry_of(monitor: Monitor) -> CollectorRegistry:
+    """Return everything that a scrape shows."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(ProxyCollector(monitor))
+    if monitor.whole is None:
+        ProcessCollector(registry=registry)
+    return registry
 
 
 class ProxyCollector(Collector):

@@ -12,14 +12,12 @@ import resource
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
-
-import msgspec
 
 from coalesce import report
 from proto.spans import FROM_KEY, prefix_of
 from proxy.admin import memory
-from proxy.admin.aggregate import AllProcesses, ProcessReport, WorkerDetails
 from proxy.admin.clients import clients
 from proxy.admin.delays import BOUNDS_S, DeliveryDelays, Histogram, LoopDelay, quantile
 from proxy.admin.snapshot import Snapshot, SnapshotSource
@@ -28,6 +26,7 @@ from proxy.config import knobs
 from proxy.process import descriptors
 
 if TYPE_CHECKING:
+    from proxy.admin.aggregate import AllProcesses, ProcessReport, WorkerDetails
     from proxy.server import Proxy
     from upstream.pool import EndpointState
 
@@ -67,7 +66,7 @@ class Monitor:
         self._own_deliveries = DeliveryDelays(proxy.listener, proxy.engine)
         self._own_loop = LoopDelay(self._tick)
         self.points: deque[HistoryPoint] = deque(maxlen=STEPS_KEPT)
-        self._details = WorkerDetails()
+        self._details: WorkerDetails
         self._details_at = float("-inf")
         self._descriptors = 0
         self._step_at = time.monotonic()
@@ -102,10 +101,13 @@ class Monitor:
 
     def report(self, name: str) -> ProcessReport:
         """Return the report of this process; what is found by going through all clients is up to DETAILS_S old."""
+        from proxy.admin.aggregate import ProcessReport, WorkerDetails  # only with --workers
+
         now = time.monotonic()
         if now >= self._details_at + DETAILS_S:
             self._details_at = now
             self._descriptors = descriptors.in_use()
+            self._details = WorkerDetails()
             if self.whole is None:
                 self._details = WorkerDetails(
                     sessions=self.slowest_sessions(),
@@ -142,7 +144,7 @@ class Monitor:
         watches: Counter[str] = Counter()
         for each in self.whole.workers:
             watches.update(each.details.watches)
-        counted = [msgspec.structs.replace(trunk, watches=watches[trunk.range]) for trunk in trunks]
+        counted = [replace(trunk, watches=watches[trunk.range]) for trunk in trunks]
         return sorted(counted, key=lambda trunk: -trunk.watches)
 
     def slowest_sessions(self) -> list[SessionView]:

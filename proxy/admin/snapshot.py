@@ -10,9 +10,8 @@ import asyncio
 import os
 import socket
 import time
-from typing import TYPE_CHECKING
-
-import msgspec
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 from coalesce import report
 from proxy.admin import memory
@@ -23,7 +22,8 @@ if TYPE_CHECKING:
     from proxy.server import Proxy
 
 
-class CoverState(msgspec.Struct, kw_only=True):
+@dataclass(kw_only=True)
+class CoverState:
     """A configured cover; fields ending in `_total` count since it was first used."""
 
     cover: str
@@ -45,14 +45,16 @@ class CoverState(msgspec.Struct, kw_only=True):
     """It costs more than it saves."""
 
 
-class CoverSuggestion(msgspec.Struct, kw_only=True):
+@dataclass(kw_only=True)
+class CoverSuggestion:
     """A cover that would replace the upstream watches of the ranges below it by one."""
 
     cover: str
     ranges: int
 
 
-class Snapshot(msgspec.Struct, kw_only=True):
+@dataclass(init=False, repr=False, eq=False)
+class Snapshot:
     """A proxy at one moment. Fields ending in `_total` count since its start, the others are current values."""
 
     version: str = ""
@@ -61,7 +63,7 @@ class Snapshot(msgspec.Struct, kw_only=True):
     pid: int = 0
     uptime_s: float = 0.0
     address: str = ""
-    endpoints: list[str] = []
+    endpoints: list[str] = field(default_factory=list)
     reachable: bool = False
     """Whether any etcd is reachable."""
     serving: bool = False
@@ -73,11 +75,11 @@ class Snapshot(msgspec.Struct, kw_only=True):
     """The etcd member that carries the upstream watches, in hexadecimal; empty if there is none or it is unknown."""
     server_version: str = ""
 
-    certificate_expiry_s: dict[str, float] = {}
+    certificate_expiry_s: dict[str, float] = field(default_factory=dict)
     """When each certificate in use expires, in seconds since the epoch, by use: listener, upstream."""
 
     connections: int = 0
-    listener_connections: dict[str, int] = {}
+    listener_connections: dict[str, int] = field(default_factory=dict)
     """Connections of clients, by protocol and TLS, separated by a space."""
     streams: int = 0
     sessions: int = 0
@@ -91,8 +93,8 @@ class Snapshot(msgspec.Struct, kw_only=True):
     lagging_revisions: int = 0
     """How many revisions the furthest-behind lagging watch is behind."""
     queued: int = 0
-    covers: list[CoverState] = []
-    suggested_covers: list[CoverSuggestion] = []
+    covers: list[CoverState] = field(default_factory=list)
+    suggested_covers: list[CoverSuggestion] = field(default_factory=list)
     connection_streams: int = 0
     """Streams of the connection that has the most."""
     connection_sessions: int = 0
@@ -110,34 +112,34 @@ class Snapshot(msgspec.Struct, kw_only=True):
     connections_accepted_total: int = 0
     connections_http1_total: int = 0
     connections_failed_total: int = 0
-    timed_out_total: dict[str, int] = {}
+    timed_out_total: dict[str, int] = field(default_factory=dict)
     """Client connections closed at a timeout, by limit."""
     connections_not_read_total: int = 0
     connections_in_turns_total: int = 0
-    http1_refusals_total: dict[str, int] = {}
+    http1_refusals_total: dict[str, int] = field(default_factory=dict)
     """HTTP/1 connections refused by the proxy, by HTTP status."""
     handshakes_failed_total: int = 0
     requests_total: int = 0
-    grpc_started_total: dict[str, int] = {}
+    grpc_started_total: dict[str, int] = field(default_factory=dict)
     """Calls of clients, by path."""
-    grpc_handled_total: dict[str, int] = {}
+    grpc_handled_total: dict[str, int] = field(default_factory=dict)
     """Ended calls of clients, by path and code, separated by a space."""
-    grpc_buckets_total: dict[str, int] = {}
+    grpc_buckets_total: dict[str, int] = field(default_factory=dict)
     """Ended calls of clients, by path and index of the bucket of their duration, separated by a space."""
-    grpc_seconds_total: dict[str, float] = {}
+    grpc_seconds_total: dict[str, float] = field(default_factory=dict)
     """The sum of the durations of ended calls, by path."""
     written_bytes_total: int = 0
     creates_total: int = 0
     creates_refused_total: int = 0
-    refusals_total: dict[str, int] = {}
+    refusals_total: dict[str, int] = field(default_factory=dict)
     """Connections, streams, calls and watches refused or ended at a limit, by limit."""
-    cut_off_total: dict[str, int] = {}
+    cut_off_total: dict[str, int] = field(default_factory=dict)
     """Connections closed for a client error, by reason."""
-    evictions_total: dict[str, int] = {}
+    evictions_total: dict[str, int] = field(default_factory=dict)
     """Responses evicted from history, by limit."""
     cancels_total: int = 0
     compacted_total: int = 0
-    joins_total: dict[str, int] = {}
+    joins_total: dict[str, int] = field(default_factory=dict)
     progress_requests_total: int = 0
     progress_answers_total: int = 0
     sessions_ended_total: int = 0
@@ -159,7 +161,7 @@ class Snapshot(msgspec.Struct, kw_only=True):
     calls_unavailable_total: int = 0
     calls_broken_total: int = 0
     calls_unread_total: int = 0
-    not_kept_total: dict[str, int] = {}
+    not_kept_total: dict[str, int] = field(default_factory=dict)
     """Requests not kept for a retry, by limit."""
     requests_waiting_bytes: int = 0
     unread_bytes: int = 0
@@ -177,12 +179,12 @@ class Snapshot(msgspec.Struct, kw_only=True):
     upstream_reads_total: int = 0
     reads_hedged_total: int = 0
     checks_waiting: int = 0
-    reads_failed_total: dict[str, int] = {}
+    reads_failed_total: dict[str, int] = field(default_factory=dict)
     """Reads and checks that etcd did not answer with OK, by status."""
     upstream_connections: int = 0
     upstream_rotated_total: int = 0
     upstream_streams_waiting: int = 0
-    upstream_timeouts_total: dict[str, int] = {}
+    upstream_timeouts_total: dict[str, int] = field(default_factory=dict)
     """Connections and requests to etcd given up at a timeout, by limit."""
     core_failures_total: int = 0
     """Failures of the core (bugs); each ended all watch sessions."""
@@ -190,6 +192,15 @@ class Snapshot(msgspec.Struct, kw_only=True):
     probes_failed_total: int = 0
     """Self-probes, and those that were not answered."""
     probe_delay_s: float = 0.0
+
+    def __init__(self, **values: Any) -> None:
+        """`values`: by field."""
+        # To compile the `__init__` of a dataclass with so many fields takes 0.8 MiB, which stays with the process.
+        for each in fields(self):
+            default = each.default if each.default_factory is MISSING else each.default_factory()
+            setattr(self, each.name, values.pop(each.name, default))
+        if values:
+            raise TypeError(f"unknown fields: {', '.join(values)}")
 
     @property
     def reads_saved(self) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-import msgspec
+from dataclasses import dataclass, field
 
 from proxy.admin.snapshot import Snapshot
 
 
-class HistoryPoint(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class HistoryPoint:
     """One step of the history: gauges at its end, rates over it. Delays in seconds; None if nothing was delivered."""
 
     at: float
@@ -23,7 +23,8 @@ class HistoryPoint(msgspec.Struct, frozen=True, kw_only=True):
     lagging: int
 
 
-class TrunkView(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class TrunkView:
     """A trunk, as shown on the status page: its range, watches and events."""
 
     range: str
@@ -37,7 +38,8 @@ class TrunkView(msgspec.Struct, frozen=True, kw_only=True):
     opening: bool
 
 
-class SessionView(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class SessionView:
     """A lagging session, as shown on the status page."""
 
     peer: str
@@ -49,7 +51,8 @@ class SessionView(msgspec.Struct, frozen=True, kw_only=True):
     stalled: bool
 
 
-class ClientView(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class ClientView:
     """A client connection. Bytes are those of TCP, of the connection's life; None if the kernel does not count them."""
 
     peer: str
@@ -69,7 +72,8 @@ class ClientView(msgspec.Struct, frozen=True, kw_only=True):
     received_bytes: int | None
 
 
-class Clients(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Clients:
     """The clients, the longest-lagging first, then those with the most watches."""
 
     connections: int
@@ -77,7 +81,8 @@ class Clients(msgspec.Struct, frozen=True, kw_only=True):
     clients: list[ClientView]
 
 
-class EndpointView(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class EndpointView:
     """An endpoint, as shown on the status page: whether it takes calls, and whether it carries the watches."""
 
     endpoint: str
@@ -87,7 +92,8 @@ class EndpointView(msgspec.Struct, frozen=True, kw_only=True):
     version: str
 
 
-class ProcessView(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class ProcessView:
     """A process of --workers, as shown on the status page."""
 
     name: str
@@ -99,7 +105,8 @@ class ProcessView(msgspec.Struct, frozen=True, kw_only=True):
     events_delivered_total: int
 
 
-class Overview(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Overview:
     """All data of the status page."""
 
     now: Snapshot
@@ -114,5 +121,5 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     points: list[HistoryPoint]
     step_s: float
     limits: Mapping[str, float]
-    processes: list[ProcessView] = []
+    processes: list[ProcessView] = field(default_factory=list)
     """With --workers: all processes."""

@@ -12,6 +12,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import msgspec
@@ -279,7 +280,7 @@ def test_limits_of_the_whole_are_divided() -> None:
 
 
 def test_sums_are_of_workers_and_never_decrease() -> None:
-    names = set(Snapshot.__struct_fields__)
+    names = {field.name for field in fields(Snapshot)}
     assert names >= OF_THE_HUB | MAXIMA | OF_ALL
     hub = Snapshot(address="unix:///hub", watches=2, trunks=1, events_received_total=5, probes_total=3, lagging_s=9.0)
     parts = [Snapshot(address=":1", watches=n, trunks=7, calls_total=n, probes_total=1, lagging_s=n) for n in (3, 4)]
