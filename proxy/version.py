@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import socket
 import sys
-from pathlib import Path
+from glob import glob
 
 
 def program_version() -> str:
     """Return the version of the installed package; "" if it is not installed."""
     # Not by importlib.metadata, which takes 0.7 MiB of a serving process: the directory that an installer makes is
     # called NAME-VERSION.dist-info, and a normalized version has no hyphen (PyPA's binary distribution format).
-    for place in map(Path, sys.path):
-        for found in place.glob("watchmux-*.dist-info"):
-            return found.name.removesuffix(".dist-info").partition("-")[2]
+    for place in sys.path:
+        for found in glob("watchmux-*.dist-info", root_dir=place or "."):
+            return found.removesuffix(".dist-info").partition("-")[2]
     return ""
 
 
@@ -27,6 +27,8 @@ def program_commit() -> str:
 
     Runs git in a checkout, so it is not for a serving process.
     """
+    from pathlib import Path
+
     here = Path(__file__).parent
     try:
         return (here / "commit.txt").read_text().strip()

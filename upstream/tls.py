@@ -7,10 +7,10 @@ a stat, reads them again when they have changed, and keeps the previous context 
 
 from __future__ import annotations
 
+import os
 import ssl
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 from upstream.errors import BadTls
@@ -143,7 +143,7 @@ def _stamps(files: Sequence[str]) -> tuple[object, ...]:
     stamps: list[object] = []
     for file in files:
         try:
-            found = Path(file).stat()
+            found = os.stat(file)
         except OSError as error:
             stamps.append(error.errno)
         else:
@@ -221,7 +221,7 @@ def _no_password() -> str:
 
 def _check_readable(path: str) -> None:
     try:
-        with Path(path).open("rb"):
+        with open(path, "rb"):
             pass
     except FileNotFoundError:
         raise BadTls(path, "there is no such file", "check the path") from None
@@ -230,7 +230,8 @@ def _check_readable(path: str) -> None:
 
 
 def _has(path: str, mark: str) -> bool:
-    return mark in Path(path).read_text("latin-1")
+    with open(path, encoding="latin-1") as file:
+        return mark in file.read()
 
 
 def _reason(error: OSError) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import resource
-from pathlib import Path
 from typing import Final
 
-CGROUPS: Final = Path("/sys/fs/cgroup")
-MEMBERSHIP: Final = Path("/proc/self/cgroup")
+CGROUPS: Final = "/sys/fs/cgroup"
+MEMBERSHIP: Final = "/proc/self/cgroup"
 
 
 def virtual_and_resident_bytes() -> tuple[int, int]:
@@ -21,7 +20,7 @@ def virtual_and_resident_bytes() -> tuple[int, int]:
     return int(virtual) * resource.getpagesize(), int(resident) * resource.getpagesize()
 
 
-def limit_bytes(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
+def limit_bytes(cgroups: str = CGROUPS, membership: str = MEMBERSHIP) -> int:
     """Return the memory that the process may use: the least limit of its cgroup and those above, or the machine's.
 
     Reads version 2 (memory.max) and version 1 (memory.limit_in_bytes), see cgroups(7). In a container the mounted root
@@ -29,7 +28,8 @@ def limit_bytes(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
     """
     limits = [os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()]
     try:
-        lines = membership.read_text().splitlines()
+        with open(membership) as file:
+            lines = file.read().splitlines()
     except OSError:
         lines = []
     for line in lines:
@@ -37,18 +37,18 @@ def limit_bytes(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
         if not controllers:
             root, name = cgroups, "memory.max"
         elif "memory" in controllers.split(","):
-            root, name = cgroups / "memory", "memory.limit_in_bytes"
+            root, name = f"{cgroups}/memory", "memory.limit_in_bytes"
         else:
             continue
-        group = root / path.lstrip("/")
-        for place in (group, *group.parents):
-            if place.is_relative_to(root):
-                limits += _limit_in(place / name)
+        groups = path.strip("/").split("/")
+        for depth in range(len(groups) + 1):
+            limits += _limit_in("/".join([root, *groups[:depth], name]))
     return min(limits)
 
 
-def _limit_in(file: Path) -> list[int]:
+def _limit_in(path: str) -> list[int]:
     try:
-        return [int(file.read_text())]
+        with open(path) as file:
+            return [int(file.read())]
     except (OSError, ValueError):  # no such group or limit; "max"
         return []

@@ -10,11 +10,11 @@ restrict the port to operators.
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from http import HTTPStatus
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from proxy.admin.client_port import ClientPages
@@ -151,5 +151,5 @@ def _encoded(value: object) -> bytes:
 
 def _file(name: str, kind: str) -> AdminResponse:
     """Return a file of proxy/admin/pages."""
-    body = (Path(__file__).parent / "pages" / name).read_bytes()
-    return AdminResponse(body, f"{kind}; charset=utf-8", headers=HEADERS)
+    with open(os.path.join(os.path.dirname(__file__), "pages", name), "rb") as file:
+        return AdminResponse(file.read(), f"{kind}; charset=utf-8", headers=HEADERS)

@@ -7,8 +7,8 @@ other.
 
 from __future__ import annotations
 
+import os
 import sys
-from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -31,10 +31,12 @@ def foreign_proto() -> str:
     from importlib.util import find_spec
 
     spec = find_spec("proto")
-    found = Path(spec.origin).parent if spec is not None and spec.origin else None
-    # Compared by its content: proto-plus installs into the same directory.
-    if found is not None and (found / "scan.py").exists() and b"proto.pb" in (found / "__init__.py").read_bytes():
-        return ""
+    found = os.path.dirname(spec.origin) if spec is not None and spec.origin else ""
+    if os.path.exists(f"{found}/scan.py"):
+        # Compared by its content: proto-plus installs into the same directory.
+        with open(f"{found}/__init__.py", "rb") as file:
+            if b"proto.pb" in file.read():
+                return ""
     own = "python3 -m venv /opt/watchmux && /opt/watchmux/bin/pip install watchmux"
     return (
         f"the Python package `proto` ({found or 'missing'}) is that of another program, such as proto-plus; "

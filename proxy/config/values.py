@@ -7,11 +7,9 @@ state the problem and the expected form.
 
 from __future__ import annotations
 
-import ipaddress
 import re
-from pathlib import Path
+import socket
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 ENV_PREFIX = "WATCHMUX_"
 """Prefix of the environment variables."""
@@ -120,8 +118,8 @@ def parse_address(text: str, *, listening: bool = False) -> Address:
         raise BadValue(f"{text!r} has port 0, which cannot be connected to")
     if host.startswith("[") and host.endswith("]"):
         try:
-            ipaddress.IPv6Address(host[1:-1].split("%")[0])
-        except ValueError:
+            socket.inet_pton(socket.AF_INET6, host[1:-1].split("%")[0])
+        except OSError:
             raise BadValue(f"{host!r} in {text!r} is not an IPv6 address") from None
         return Address(host[1:-1], port)
     if host == "" and listening:
@@ -155,8 +153,8 @@ def parse_listen_address(text: str) -> Address:
 def _check_host(host: str, text: str) -> None:
     if re.fullmatch(r"[\d.]+", host):
         try:
-            ipaddress.IPv4Address(host)
-        except ValueError:
+            socket.inet_pton(socket.AF_INET, host)
+        except OSError:
             raise BadValue(f"{host!r} in {text!r} is not an IPv4 address") from None
     elif not _HOST_NAME.fullmatch(host):
         raise BadValue(f"{host!r} in {text!r} is not a host name")
@@ -169,14 +167,15 @@ def parse_metrics_address(text: str) -> Address:
     """
     if "://" not in text:
         return parse_address(text, listening=True)
-    parts = urlsplit(text)
-    if parts.scheme == "https":
+    scheme, _, rest = text.strip().partition("://")
+    if scheme.lower() == "https":
         raise BadValue(f"{text!r}: metrics are served in plain text; use http:// and a private address")
-    if parts.scheme != "http":
-        raise BadValue(f"{text!r}: unknown scheme {parts.scheme!r}; use http://HOST:PORT")
-    if parts.path.rstrip("/") or parts.query or parts.fragment:
+    if scheme.lower() != "http":
+        raise BadValue(f"{text!r}: unknown scheme {scheme!r}; use http://HOST:PORT")
+    place = rest.rstrip("/")
+    if re.search(r"[/?#]", place):
         raise BadValue(f"{text!r}: remove the path; /metrics, /health and /v1/status are added")
-    return parse_address(parts.netloc, listening=True)
+    return parse_address(place, listening=True)
 
 
 def client_url(text: str, *, secure: bool = False) -> str:
@@ -200,7 +199,7 @@ def client_url(text: str, *, secure: bool = False) -> str:
 def check_readable(path: str) -> None:
     """Check that a file exists and is readable. Raises BadValue."""
     try:
-        with Path(path).open("rb") as file:
+        with open(path, "rb") as file:
             file.read(1)
     except OSError as error:
         raise BadValue(f"cannot read {path!r}: {(error.strerror or str(error)).lower()}") from None

@@ -16,7 +16,6 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
 
 from proxy.config.values import ENV_PREFIX
@@ -63,9 +62,9 @@ def _environment() -> dict[str, str]:
     A checkout is found by -m only from its own directory; an installed program needs no help.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
-    root = Path(__file__).resolve().parents[2]
-    if root.name not in ("site-packages", "dist-packages"):
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), environment.get("PYTHONPATH"))))
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+    if os.path.basename(root) not in ("site-packages", "dist-packages"):
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
     return environment
 
 

@@ -32,11 +32,11 @@ def test_the_least_limit_applies(membership: str, files: dict[str, str], limit: 
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_text(text)
     (tmp_path / "membership").write_text(membership)
-    assert memory.limit_bytes(place, tmp_path / "membership") == limit
+    assert memory.limit_bytes(str(place), str(tmp_path / "membership")) == limit
 
 
 def test_a_system_without_cgroups_has_the_limit_of_the_machine(tmp_path: Path) -> None:
-    assert memory.limit_bytes(tmp_path, tmp_path / "missing") == MACHINE
+    assert memory.limit_bytes(str(tmp_path), str(tmp_path / "missing")) == MACHINE
     virtual, resident = memory.virtual_and_resident_bytes()
     assert 0 < resident < min(virtual, memory.limit_bytes())
     assert memory.limit_bytes() <= MACHINE
