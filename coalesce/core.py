@@ -291,7 +291,7 @@ class Coalescer:
         state = self._state
         if state.to_replay_later or state.to_advance_later or state.leaving or self._reads.answered:
             return state.now
-        if state.queued and self._placement.is_due:
+        if (state.to_promote or state.queued) and self._placement.is_due:
             return state.now
         first = self._progress.next_deadline()
         at = self._notifying.next_deadline()

@@ -69,8 +69,9 @@ class CoreLimits:
     # Maximum memory of the queued requests of one session; once reached, the shell reads no more requests until
     # TakeRequests, so that flow control slows the client down. About two thousand small requests.
     line_bytes_max: int = 1 * _MIB
-    # Maximum watches that are created, decided, ended or taken from the queue for backfills in one step, and ranges
-    # that are closed; the rest follows at the next timer, which is due at once. About five milliseconds.
+    # Maximum watches that are created, decided, ended, taken from the queue for backfills or moved from a backfill to
+    # their trunk in one step, and ranges that are closed; the rest follows at the next timer, which is due at once.
+    # About five milliseconds.
     step_watches_max: int = 200
 
     # Maximum open backfills; watches that need a further one are queued. Each is a separate stream at etcd.

@@ -9,8 +9,9 @@ ahead of it, or lag within its window. The window slows it down to the speed of 
 watch is in step or ahead, the backfill is paused; otherwise the oldest batches are evicted, and the watches that needed
 them get another backfill in the next turn of their session.
 
-A watch leaves as soon as the trunk can serve it. The last one closes the backfill. In a quiet range a backfill proves
-its position by progress, since its responses carry the store's revision and prove only their last event.
+A watch leaves as soon as the trunk can serve it; of many, a part in each step. The last one closes the backfill. In a
+quiet range a backfill proves its position by progress, since its responses carry the store's revision and prove only
+their last event.
 
 An *upgrade* is the backfill that gives a trunk prev_kv: a second upstream watch of the trunk, with prev_kv, that serves
 the first watches which want it. Both run until both are proven at one revision; there the trunk takes over the
@@ -42,7 +43,7 @@ class Placement:
         self._state = state
         self._fanout = fanout
         self._requests = requests
-        # How many queued watches may still be placed until the next timer.
+        # How many watches of the queue and of backfills may still be examined until the next timer.
         self.left = state.limits.step_watches_max
         # The first range of the queue, if some of its watches have been placed: the others may share their backfill.
         self._begun: Trunk | CoverBranch[Group] | None = None
@@ -60,7 +61,7 @@ class Placement:
                     self._state.want_replay(watch.session)
                 else:
                     self._fanout.add(watch)
-            elif watch.session.stalled:
+            elif watch.session.stalled or watch.session.ended:
                 self.detach(watch)
                 self.mark_lagging(watch)
             else:
@@ -203,13 +204,28 @@ class Placement:
                 self._promote(source)
 
     def _promote(self, backfill: Backfill) -> None:
-        """Move the watches to the trunk that it can serve now."""
+        """Move the watches to the trunk that it can serve now; those that exceed this step, at the next timer."""
         trunk = backfill.trunk
-        if trunk.opening or backfill.next_revision < trunk.history.floor:
-            return
-        for watch in [watch for watch in backfill.watches if trunk.serves(watch)]:
-            self.unplace(watch)
-            self.place((watch,))
+        if not trunk.opening and backfill.next_revision >= trunk.history.floor:
+            self._state.to_promote[backfill] = len(backfill.watches)
+            self._promote_some(backfill)
+
+    def _promote_some(self, backfill: Backfill) -> None:
+        """Move the watches among the next ones that are to be examined; those that stay go behind the others."""
+        state = self._state
+        left = state.to_promote.pop(backfill)
+        examined = list(islice(backfill.watches, min(left, self.left)))
+        self.left -= len(examined)
+        for watch in examined:
+            if backfill.trunk.serves(watch):
+                self.unplace(watch)
+                self.place((watch,))
+            else:
+                del backfill.watches[watch]
+                backfill.watches[watch] = None
+        left = min(left - len(examined), len(backfill.watches))
+        if left and backfill in state.backfills:
+            state.to_promote[backfill] = left
 
     def close(self, backfill: Backfill, *, gone: bool = False) -> None:
         """Close a backfill without watches; `gone`: etcd has ended it already."""
@@ -239,7 +255,10 @@ class Placement:
             self._fanout.add(watch)
 
     def _trim(self, backfill: Backfill) -> None:
-        """Evict the batches that no watch of a backfill needs any more, before the next one is added."""
+        """Evict the batches that no watch of a backfill needs any more, before the next one is added.
+
+        It looks at each watch of the backfill, 0.1 us of CPU; to send them the batch takes several times as long.
+        """
         history = backfill.history
         for watch in backfill.watches:
             if watch.session.stalled:
@@ -257,13 +276,18 @@ class Placement:
                     self._state.want_replay(watch.session)
 
     def expire(self) -> None:
-        """Go on with the queue at the end of this input."""
+        """Go on with the watches that can move to their trunks, and with the queue at the end of this input."""
         self.left = self._state.limits.step_watches_max
+        for backfill in tuple(self._state.to_promote):
+            if self.left <= 0:
+                return
+            if backfill in self._state.to_promote:
+                self._promote_some(backfill)
 
     @property
     def is_due(self) -> bool:
-        """Whether queued watches only wait for the next timer."""
-        return self.left <= 0 and bool(self._state.queued)
+        """Whether watches only wait for the next timer."""
+        return bool(self._state.to_promote) or (self.left <= 0 and bool(self._state.queued))
 
     def fill_slots(self) -> None:
         """Place queued watches while a backfill may be opened, or one can be closed whose sessions are all stalled.
@@ -272,21 +296,32 @@ class Placement:
         """
         state = self._state
         while state.queued and self.left > 0:
-            range_, alike = next(iter(state.queued.items()))
-            is_full = state.stats.backfills >= state.limits.backfills_max
-            if is_full and range_ is not self._begun and not self._give_up_stalled():
-                return
-            watches = sorted(islice(alike, self.left), key=attrgetter("position"))
-            others = len(alike) - len(watches)
-            self.left -= len(watches)
-            for watch in watches:
-                self.unplace(watch)
-                self.place((watch,))
-            again = len(state.queued.get(range_, ())) - others
-            if again:
-                # They need a further backfill: they wait behind the other ranges.
-                state.queued[range_] = state.queued.pop(range_)
-            self._begun = range_ if others and not again else None
+            # At once: to find the first one of a dict takes time for each one that was deleted before it.
+            for range_ in list(islice(state.queued, self.left)):
+                if self.left <= 0:
+                    return
+                if range_ in state.queued and not self._fill_from(range_):
+                    return
+
+    def _fill_from(self, range_: Trunk | CoverBranch[Group]) -> bool:
+        """Place queued watches of a range; False: no further backfill can be opened."""
+        state = self._state
+        alike = state.queued[range_]
+        is_full = state.stats.backfills >= state.limits.backfills_max
+        if is_full and range_ is not self._begun and not self._give_up_stalled():
+            return False
+        watches = sorted(islice(alike, self.left), key=attrgetter("position"))
+        others = len(alike) - len(watches)
+        self.left -= len(watches)
+        for watch in watches:
+            self.unplace(watch)
+            self.place((watch,))
+        again = len(state.queued.get(range_, ())) - others
+        if again:
+            # They need a further backfill: they wait behind the other ranges.
+            state.queued[range_] = state.queued.pop(range_)
+        self._begun = range_ if others and not again else None
+        return True
 
     def _give_up_stalled(self) -> bool:
         """Close a backfill all of whose sessions are stalled; its watches get another when these drain."""
@@ -349,6 +384,7 @@ class Placement:
         backfill.history.drop(backfill.next_revision)
         backfill.upstream.leave(backfill)
         del self._state.backfills[backfill]
+        self._state.to_promote.pop(backfill, None)
         if backfill.is_upgrade:
             backfill.trunk.upgrade = None
             return

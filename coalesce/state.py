@@ -59,6 +59,7 @@ class CoreState:
         "to_ask",
         "to_move",
         "to_prepare",
+        "to_promote",
         "to_replay",
         "to_replay_later",
         "trunks",
@@ -113,6 +114,8 @@ class CoreState:
         self.to_advance_later: dict[Session, None] = {}
         # Creates whose trunk has ended; they need another one at the end of this input.
         self.to_prepare: dict[PendingCreate, None] = {}
+        # Backfills some of whose watches may move to the trunk, and how many of them are to be examined.
+        self.to_promote: dict[Backfill, int] = {}
         # Sessions to be replayed, in turn: at the end of this input, and at the next timer; and how many bytes each
         # takes now; None: not known.
         self.to_replay: dict[Session, int | None] = {}
