@@ -474,8 +474,8 @@ class Trunk(Source):
         self.prev_kv_watches += watch.wants_prev_kv
 
     def quit(self, watch: Watch) -> None:
-        """Remove a watch."""
-        del self.watches[watch]
+        """Remove a watch, which may have been taken from `watches` already."""
+        self.watches.pop(watch, None)
         self.prev_kv_watches -= watch.wants_prev_kv
 
     @property

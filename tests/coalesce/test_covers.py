@@ -427,6 +427,41 @@ def test_many_waiting_trunks_cause_no_busy_loop() -> None:
     assert shell.core.next_deadline() is not None
 
 
+def test_watches_that_cannot_move_yet_delay_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coalesce.moving.EXAMINED_MAX", 1)
+    shell = Shell(replace(LIMITS, covers=()))
+    slow, other = shell.client(), shell.client()
+    trunk = shell.trunk(10, slow, b"/s/a")
+    other.create(b"/s/a", start=11)
+    slow.stall()
+    shell.events(trunk, put(11, b"/s/a", b"v" * 100), put(11, b"/s/b"))
+    shell.events(trunk, put(12, b"/s/a"))
+    shell.core.limits = LIMITS
+    shell.settle()
+    cover = shell.opened[-1]
+    shell.created(cover, 12)
+    shell.wait(5)
+    # What the slow client needs next is below the start of the cover.
+    assert slow.session.watches[0].trunk is trunk.owner
+    assert other.session.watches[0].trunk is cover.owner
+
+
+def test_a_removed_cover_keeps_watches_beyond_trunks_max() -> None:
+    shell, client = covered(trunks_max=3)
+    for key in (b"/s/b", b"/s/c"):
+        joined(shell, key)
+    shell.core.limits = replace(LIMITS, covers=(), trunks_max=3)
+    shell.wait(5)
+    cover = shell.opened[0]
+    assert (len(cover.owner.watches), shell.core.stats.trunks) == (1, 3)
+    shell.events(cover, put(11, b"/s/a"))
+    assert client.read() == ["#0 @11 put 11 /s/a=v"]
+    # A range is not needed any more.
+    shell.core.limits = replace(LIMITS, covers=(), trunks_max=4)
+    shell.wait(5)
+    assert cover in shell.closed
+
+
 def test_a_restore_cancels_the_watches_of_all_branches() -> None:
     shell, a = covered()
     b, future = joined(shell, b"/s/b"), joined(shell, b"/s/c", b"", 900)
