@@ -102,6 +102,8 @@ class Heartbeat(msgspec.Struct, kw_only=True):
     """Connections of clients."""
     taken: int = 0
     """Those that the parent has passed to it since its start."""
+    load: float = 0.0
+    """Cores that it has used lately."""
     endpoints: EndpointsInForce = EndpointsInForce()
     report: msgspec.Raw
     """A `ProcessReport`."""

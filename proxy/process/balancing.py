@@ -1,14 +1,21 @@
-"""Which worker gets the next client connection: the one that has the fewest. Pure.
+"""Which worker gets the next client connection: the one that has the fewest, of those that have CPU left. Pure.
 
 A worker reports how many connections it has, and how many it was given so far. What it was given since then counts in
 addition, so that connections between two reports are distributed evenly too. A worker that was restarted gets
 new connections until it has as many as the others.
+
+Connections differ in load, and those of short commands do not stay: a new worker would get all of these for hours,
+while the others keep connections that stay. So a worker that is busy gets none while another one is not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
+
+BUSY: Final = 0.8
+"""A worker that uses more of a core than this is busy."""
 
 
 @dataclass(slots=True)
@@ -22,6 +29,8 @@ class _WorkerConnections:
     """Connections that it had been given when it reported."""
 
     given: int = 0
+
+    busy: bool = False
 
     @property
     def expected(self) -> int:
@@ -38,15 +47,15 @@ class LeastConnections:
         """A worker was started; it has no connections."""
         self._workers[name] = _WorkerConnections()
 
-    def reported(self, name: str, opened: int, taken: int) -> None:
-        """A worker has `opened` connections, of `taken` that it was given since its start."""
+    def reported(self, name: str, opened: int, taken: int, load: float = 0.0) -> None:
+        """A worker has `opened` connections, of `taken` that it was given since its start; `load`: cores it uses."""
         worker = self._workers[name]
-        worker.open, worker.taken = opened, taken
+        worker.open, worker.taken, worker.busy = opened, taken, load > BUSY
 
     def choose(self, takers: Sequence[str]) -> str:
         """Give one connection to one of `takers`, at least one, and return its name."""
         workers = self._workers
-        name = min(takers, key=lambda taker: (workers[taker].expected, workers[taker].given))
+        name = min(takers, key=lambda taker: (workers[taker].busy, workers[taker].expected, workers[taker].given))
         workers[name].given += 1
         return name
 

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import pickle
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -93,14 +94,19 @@ class ReportingProcess:
         health, listener = proxy.health, proxy.listener
         changed = asyncio.Event()
         health.on_change = changed.set
+        since_s, used_s, load = time.monotonic(), time.process_time(), 0.0
         while True:
             changed.clear()
+            if (now := time.monotonic()) >= since_s + REPORT_INTERVAL_S / 2:
+                load = (time.process_time() - used_s) / (now - since_s)
+                since_s, used_s = now, time.process_time()
             report = msgspec.Raw(msgspec.json.encode(monitor.report(self.place.name)))
             beat = Heartbeat(
                 problem=health.reason,
                 hung=health.hung,
                 open=listener.open,
                 taken=listener.taken,
+                load=round(load, 2),
                 endpoints=EndpointsInForce(_texts(proxy.endpoints), _texts(proxy.watch_endpoints)),
                 report=report,
             )

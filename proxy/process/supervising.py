@@ -381,7 +381,7 @@ class _Supervisor:
                 process.send(self._change(name))
             self._state.reported(name, time.monotonic(), problem=beat.problem, hung=beat.hung)
             if name != HUB:
-                self._distributor.reported(name, beat.open, beat.taken)
+                self._distributor.reported(name, beat.open, beat.taken, beat.load)
         return True
 
     def _unregister(self, process: _Process) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from proxy.process.balancing import LeastConnections
+from proxy.process.balancing import BUSY, LeastConnections
 
 WORKERS = ["worker-1", "worker-2", "worker-3", "worker-4"]
 
@@ -32,6 +32,21 @@ def test_a_restarted_worker_catches_up() -> None:
     one.started("worker-3")
     assert Counter(one.choose(WORKERS) for _ in range(10)) == {"worker-3": 10}
     assert Counter(one.choose(WORKERS) for _ in range(4)) == dict.fromkeys(WORKERS, 1)
+
+
+def test_a_busy_worker_gets_connections_only_if_all_are_busy() -> None:
+    """Also one that was restarted: its connections do not stay, and those of the others do."""
+    one = balance()
+    for name in WORKERS:
+        one.reported(name, 1000, 0)
+    one.started("worker-3")
+    assert {one.choose(WORKERS) for _ in range(10)} == {"worker-3"}
+    one.reported("worker-3", 0, 10, load=BUSY + 0.1)
+    assert Counter(one.choose(WORKERS) for _ in range(9)) == {"worker-1": 3, "worker-2": 3, "worker-4": 3}
+    for name in WORKERS:
+        one.reported(name, 1000, 3, load=1.0)
+    one.reported("worker-3", 0, 10, load=1.0)
+    assert one.choose(WORKERS) == "worker-3"
 
 
 def test_only_takers_get_connections() -> None:
