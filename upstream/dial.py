@@ -20,7 +20,8 @@ from proto.etcd_errors import is_auth_refusal
 from proto.framing import Status
 from proto.pb import rpc_pb2
 from proto.scan import Header
-from upstream.connection import ClientConnection, NotSent, connect
+from upstream.connecting import connect
+from upstream.connection import ClientConnection, NotSent
 from upstream.endpoints import Backoff, Endpoint
 from upstream.errors import CallFailed, Logger, Unreachable
 from upstream.fitness import STATUS_PATH

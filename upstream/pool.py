@@ -16,7 +16,8 @@ from functools import partial
 from typing import NamedTuple
 
 from proto.framing import Status
-from upstream.connection import ClientConnection, connect
+from upstream.connecting import connect
+from upstream.connection import ClientConnection
 from upstream.connections import full_text
 from upstream.endpoints import Endpoint
 from upstream.errors import CallFailed, Logger, NullLogger, Unreachable

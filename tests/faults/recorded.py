@@ -15,7 +15,8 @@ import grpc.aio
 from proto.pb import rpc_pb2, rpc_pb2_grpc
 from tests.linearizability import History, Operation
 from tests.waiting import until_async
-from upstream.connection import ClientConnection, NotSent, connect
+from upstream.connecting import connect
+from upstream.connection import ClientConnection, NotSent
 from upstream.endpoints import parse_endpoint
 from upstream.errors import CallFailed, Unreachable
 from upstream.unary import call_unary

@@ -35,7 +35,8 @@ from tests.http2.cases import (
     Case,
 )
 from tests.http2.wire import PREFACE, REQUEST, RESPONSE, TRAILERS, Peer, data, ping, raw, rst, settings
-from upstream.connection import ClientConnection, connect
+from upstream.connecting import connect
+from upstream.connection import ClientConnection
 from upstream.endpoints import parse_endpoint
 from upstream.heads import request_headers
 from upstream.settings import ConnectionSettings

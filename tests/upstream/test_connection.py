@@ -17,7 +17,8 @@ from tests.etcd.server import EtcdServer, free_port
 from tests.upstream.certificates import Certificates
 from tests.upstream.scripted import STATUS, ScriptedCall, ScriptedEtcd, scripted
 from tests.waiting import run, until_async
-from upstream.connection import ClientConnection, NotSent, connect
+from upstream.connecting import connect
+from upstream.connection import ClientConnection, NotSent
 from upstream.endpoints import parse_endpoint
 from upstream.errors import CallFailed, Unreachable
 from upstream.heads import request_headers

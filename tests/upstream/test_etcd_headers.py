@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from proto.http2.headers import MalformedHeaders, check_trailers
 from tests.etcd.server import EtcdServer
-from upstream.connection import ClientConnection, connect
+from upstream.connecting import connect
+from upstream.connection import ClientConnection
 from upstream.endpoints import parse_endpoint
 from upstream.errors import CallFailed
 from upstream.unary import call_unary

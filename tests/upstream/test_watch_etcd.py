@@ -16,7 +16,7 @@ from tests.faults.relay import relay_to
 from tests.upstream.recorder import RecordedLog, Recorder, watching
 from tests.upstream.stories import Opened
 from tests.waiting import until_async
-from upstream.connection import connect
+from upstream.connecting import connect
 from upstream.endpoints import parse_endpoint
 from upstream.unary import call_unary
 
