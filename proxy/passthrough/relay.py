@@ -7,8 +7,7 @@ since both read `grpc-timeout` themselves.
 
 Flow control is end to end: bytes are credited to the side they came from once the other side has taken them, so a slow
 reader of a 100 MB snapshot delays only its sender, and at most one window of it waits here. Bytes that wait for clients
-that do not read occupy memory, and the window of the connection to etcd, which all clients share. Therefore they are
-bounded, and calls of a connection that reaches a bound are reset.
+that do not read are bounded (`proxy/passthrough/unread.py`).
 
 A call that no server has processed is resent on another connection, once per endpoint, and so is a read whose
 connection is lost before the body of its response. A call that may have been processed and may be a write is never
@@ -37,6 +36,7 @@ from proxy.passthrough.answers import MessageBoundary, trailers_of
 from proxy.passthrough.holding import HeldCalls
 from proxy.passthrough.settings import PassthroughSettings, PassthroughStats
 from proxy.passthrough.sharing import SharedRead
+from proxy.passthrough.unread import UnreadBytes
 from upstream.connection import ClientConnection, NotSent, UpstreamCall
 from upstream.heads import HOPS_MAX, loop_text, next_hop
 from upstream.pool import Pool
@@ -78,12 +78,11 @@ class Passthrough:
         self.stats = PassthroughStats()
         self._pool = pool
         self.held = HeldCalls(pool, self.settings, self.stats)
-        # By client connection: its calls with unread bytes, and the number of these bytes.
-        self._unread: dict[ClientHandle, KeptBytes] = {}
+        self.unread = UnreadBytes(self.settings, self.stats)
 
     def go_by(self, settings: PassthroughSettings) -> None:
         """Use other settings from now on."""
-        self.settings = self.held.settings = settings
+        self.settings = self.held.settings = self.unread.settings = settings
 
     def now(self) -> float:
         """Return the loop's time."""
@@ -139,45 +138,10 @@ class Passthrough:
         """Return whether a member refused a call because it is not serving, while another one is."""
         return self._pool.answered(call.connection, status, message)
 
-    def charge_unread(self, relay: Relay, size: int) -> None:
-        """Count `size` more bytes that a client has not read; reset calls at a limit."""
-        stats = self.stats
-        unread = self._unread.setdefault(relay.connection, KeptBytes())
-        unread.relays.add(relay)
-        unread.size += size
-        stats.unread_bytes += size
-        if unread.size > self.settings.unread_bytes_per_connection_max:
-            stats.refused_at["unread_bytes_per_connection_max"] += 1
-            relay.abort_unread()
-        elif stats.unread_bytes > self.settings.unread_bytes_max:
-            worst = max(self._unread.values(), key=lambda one: one.size)
-            stats.refused_at["unread_bytes_max"] += len(worst.relays)
-            for one in tuple(worst.relays):
-                one.abort_unread()
-
-    def release_unread(self, relay: Relay, size: int) -> None:
-        """Stop counting the unread bytes of a call: its client has read them, or the call is over."""
-        unread = self._unread[relay.connection]
-        unread.relays.discard(relay)
-        unread.size -= size
-        self.stats.unread_bytes -= size
-        if not unread.relays:
-            del self._unread[relay.connection]
-
     def slot_freed(self) -> None:
         """Start a waiting call in place of one that is over."""
         if self.stats.waiting_bytes:
             self.held.serve()
-
-
-class KeptBytes:
-    """Bytes that are kept for the calls of one client connection."""
-
-    __slots__ = ("relays", "size")
-
-    def __init__(self) -> None:
-        self.relays: set[Relay] = set()
-        self.size = 0
 
 
 class RelayObserver(Protocol):
@@ -468,7 +432,7 @@ class Relay:
             self._owed_upstream += flow_size
             if size:
                 self._unread += size
-                self._owner.charge_unread(self, size)
+                self._owner.unread.charge(self, size)
         self.connection.schedule_flush()
 
     def on_drained(self) -> None:
@@ -548,7 +512,7 @@ class Relay:
         """Stop counting the client's unread bytes; return the flow-control bytes to credit to etcd for them."""
         unread, self._unread = self._unread, 0
         if unread:
-            self._owner.release_unread(self, unread)
+            self._owner.unread.release(self, unread)
         owed, self._owed_upstream = self._owed_upstream, 0
         return owed
 

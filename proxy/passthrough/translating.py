@@ -35,9 +35,10 @@ from proxy.listening.calls import (
     status_trailers,
 )
 from proxy.passthrough.message_work import MessageWork
-from proxy.passthrough.relay import KeptBytes, Passthrough, Relay
+from proxy.passthrough.relay import Passthrough, Relay
 from proxy.passthrough.settings import PassthroughSettings
 from proxy.passthrough.translation import Translation, TranslationRules
+from proxy.passthrough.unread import KeptBytes
 from upstream.connection import ClientConnection
 from upstream.pool import Pool
 
@@ -74,7 +75,7 @@ class TranslatingPassthrough(Passthrough):
         # Time left in this turn of the loop for translating messages as they arrive.
         self._left_s = TURN_S
         # By client connection: its calls with unfinished messages, and the bytes of those.
-        self._partial: dict[ClientHandle, KeptBytes] = {}
+        self._partial: dict[ClientHandle, KeptBytes[TranslatedRelay]] = {}
 
     def __call__(self, connection: ClientHandle, stream: Stream, headers: Headers, end_stream: bool) -> Relay | None:
         """Handle a new request stream. Raises CallRefusal if a namespace does not cover it, or as Passthrough does."""
@@ -167,8 +168,7 @@ class TranslatingPassthrough(Passthrough):
             if worst is partial:
                 raise self._too_much(flag)
             for one in tuple(worst.relays):
-                if isinstance(one, TranslatedRelay):
-                    one.fail(self._too_much(flag))
+                one.fail(self._too_much(flag))
 
     def _too_much(self, flag: str) -> FramingError:
         self.stats.refused_at["partial_bytes_max"] += 1

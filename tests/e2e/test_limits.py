@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -20,11 +19,12 @@ from proto.http2.frames import PREFACE
 from proto.pb import rpc_pb2
 from proxy.admin.monitor import Monitor
 from proxy.auth.reads import AuthReader, ReaderSettings
+from proxy.listening.calls import ClientHandle
 from proxy.listening.connection import ServerConnection
 from proxy.listening.http1 import Http1Settings
 from proxy.listening.settings import REFUSED_AT, ListenerSettings
-from proxy.passthrough.relay import Passthrough, Relay
-from proxy.passthrough.settings import PassthroughSettings
+from proxy.passthrough.settings import PassthroughSettings, PassthroughStats
+from proxy.passthrough.unread import UnreadBytes
 from proxy.passthrough.waiting import NO_CONNECTION
 from proxy.watch.settings import WatchSettings
 from tests.e2e.raw_client import RawClient
@@ -242,7 +242,7 @@ async def test_requests_kept_to_be_sent_again() -> None:
 class Unread:
     """A call whose client does not read."""
 
-    def __init__(self, owner: Passthrough, connection: object) -> None:
+    def __init__(self, owner: UnreadBytes, connection: ClientHandle) -> None:
         self.owner = owner
         self.connection = connection
         self.size = 0
@@ -250,18 +250,17 @@ class Unread:
 
     def leave(self, size: int) -> None:
         self.size += size
-        self.owner.charge_unread(cast(Relay, self), size)
+        self.owner.charge(self, size)
 
     def abort_unread(self) -> None:
         self.lost = True
-        self.owner.release_unread(cast(Relay, self), self.size)
+        self.owner.release(self, self.size)
 
 
 def test_answers_that_are_not_read() -> None:
-    bounds = PassthroughSettings(unread_bytes_per_connection_max=100, unread_bytes_max=150)
-    pool = SimpleNamespace(when_available=lambda _callback: None)
-    owner = Passthrough(cast(Pool, pool), bounds)
-    one, other = object(), object()
+    stats = PassthroughStats()
+    owner = UnreadBytes(PassthroughSettings(unread_bytes_per_connection_max=100, unread_bytes_max=150), stats)
+    one, other = (cast(ClientHandle, object()) for _ in range(2))
     calls = [Unread(owner, one), Unread(owner, one), Unread(owner, other)]
     calls[0].leave(60)
     calls[1].leave(40)
@@ -270,15 +269,15 @@ def test_answers_that_are_not_read() -> None:
     # One byte more in total: the call with most unread bytes is ended.
     calls[2].leave(1)
     assert [call.lost for call in calls] == [True, True, False]
-    assert owner.stats.refused_at["unread_bytes_max"] == 2
+    assert stats.refused_at["unread_bytes_max"] == 2
     # One byte more on one connection: the call that adds it is ended.
     calls[2].leave(49)
     late = Unread(owner, other)
     assert not calls[2].lost
     late.leave(1)
     assert (late.lost, calls[2].lost) == (True, False)
-    assert owner.stats.refused_at["unread_bytes_per_connection_max"] == 1
-    assert (owner.stats.unread, owner.stats.unread_bytes) == (3, 100)
+    assert stats.refused_at["unread_bytes_per_connection_max"] == 1
+    assert (stats.unread, stats.unread_bytes) == (3, 100)
 
 
 async def test_reads_that_are_not_answered_in_time() -> None:
