@@ -30,24 +30,28 @@ from tests.upstream.certificates import Certificates, make_certificates
 OUT = Path("build/bench")
 
 
-def run_case(case: Case, targets: tuple[str, ...], rounds: int, binary: EtcdBinary, files: Certificates) -> Any:
-    """Run a case at its targets in turn, each with a separate etcd; return all figures of all rounds."""
+def run_case(
+    case: Case, targets: tuple[str, ...], rounds: int, binary: EtcdBinary, files: Certificates
+) -> tuple[dict[str, list[Figures]], list[str]]:
+    """Run a case at its targets in turn, each with a separate etcd; return all figures of all rounds, and failures."""
     found: dict[str, list[Figures]] = {}
+    failures = []
     for _ in range(rounds):
         for name in targets or case.targets:
-            if name not in case.targets:
+            if name not in (*case.targets, *case.more):
                 continue
             try:
                 with EtcdServer(binary) as etcd, TARGETS[name](case, etcd, files) as target:
                     figures = measure(case, target, etcd.endpoint, files)
             except (AssertionError, StopIteration, ProcessLookupError) as error:
                 # A target's failed round must not discard hours of the others' results; it is missing from the table.
-                sys.stderr.write(f"FAILED: {case.name} at {name}: {error}\n")
+                failures.append(f"{case.name} at {name}: {error}")
+                sys.stderr.write(f"FAILED: {failures[-1]}\n")
                 continue
             found.setdefault(name, []).append(figures)
             shown = {key: round(value, 3) for key, value in figures.items()}
             sys.stderr.write(f"{time.strftime('%H:%M:%S')} {case.name} {name} {json.dumps(shown)}\n")
-    return found
+    return found, failures
 
 
 def run_store(binary: EtcdBinary, files: Certificates, keys: int) -> store.Results:
@@ -133,7 +137,8 @@ def main(
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     subprocess.run([sys.executable, "-m", "compileall", "-q", "proto", "coalesce", "upstream", "proxy"], check=True)
     results: Results = {}
-    every: dict[str, Any] = {}
+    every: dict[str, dict[str, list[Figures]]] = {}
+    failures: list[str] = []
     seconds: dict[str, float] = {}
     before = report.machine()
     with tempfile.TemporaryDirectory() as directory:
@@ -144,9 +149,10 @@ def main(
             if profile is not None and case.profile == DEFAULT:
                 case = replace(case, profile=profile)
             started = time.monotonic()
-            every[case.name] = found = run_case(case, targets, rounds, binary, files)
+            every[case.name], failed = run_case(case, targets, rounds, binary, files)
+            failures += failed
             seconds[case.name] = round(time.monotonic() - started, 1)
-            results[case.name] = {name: report.median_of(figures) for name, figures in found.items()}
+            results[case.name] = {name: report.median_of(figures) for name, figures in every[case.name].items()}
         started = time.monotonic()
         stores: store.Results = {}
         if store.NAME in names or not (names or targets):
@@ -161,6 +167,7 @@ def main(
         "machine_load": machine_load,
         "cases": what,
         "seconds": seconds,
+        "failures": failures,
     }
     console = Console()
     for table in report.tables_of(results):

@@ -46,9 +46,6 @@ CONTROL_BYTES_MAX = 120
 CREATES_AT_ONCE = 1000
 """Creates of a stream that are sent without waiting for answers: they fit into the 64 KiB window of a server."""
 
-CLIENT_S = 60.0
-"""How long the watches of one client may take to be created, in a case that opens one client after the other."""
-
 SILENCE_S = 15.0
 """Once all writes are done and nothing was received for so long, the rest is lost."""
 READ_SLICE_S = 0.02
@@ -316,23 +313,21 @@ class Crowd:
         arrivals = None if self.tls else Arrivals()
         at_a_time = asyncio.Semaphore(case.at_a_time or case.connections)
 
-        async def one(index: int) -> Client:
-            if not case.at_a_time:
-                return await connected(index)
+        async def one(index: int) -> None:
             async with at_a_time:
                 client = await connected(index)
-                # The peer may never answer all of them; `watch` reports how many are missing.
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(client.there.wait(), CLIENT_S)
-                return client
+                if case.at_a_time:
+                    await client.there.wait()
 
         async def connected(index: int) -> Client:
             _, client = await loop.create_connection(lambda: Client(tally, case, arrivals), host, port, ssl=self.tls)
+            self.clients.append(client)
             first = (index * share + min(index, rest)) * case.watches
             client.open(first, share + (index < rest), f"{host}:{port}", start_revision)
             return client
 
-        self.clients = await asyncio.gather(*map(one, range(case.connections)))
+        self.clients = []
+        await asyncio.gather(*map(one, range(case.connections)))
 
     def go(self) -> None:
         """Cut all connections."""
@@ -342,12 +337,15 @@ class Crowd:
 
 
 async def watch(case: Case, crowd: Crowd, orders: asyncio.StreamReader) -> None:
-    """Open everything, report it, wait for all events, report the counts."""
+    """Open everything, report it, wait for all events, report the counts; what exceeds the case's limit is missing."""
     early = case.expected(stamps=True, early=True)
     tally = Tally(case.watch_count, early, early + case.expected(stamps=True))
     started = time.monotonic()
-    await crowd.come(tally, 2 if case.kind is Kind.CATCH_UP else 0)
-    ready = await tally.all_came(tally.complete if case.kind is Kind.CATCH_UP else tally.ready)
+    ready = False
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(case.limit_s):
+            await crowd.come(tally, 2 if case.kind is Kind.CATCH_UP else 0)
+            ready = await tally.all_came(tally.complete if case.kind is Kind.CATCH_UP else tally.ready)
     create_s = time.monotonic() - started
     say({"ready": ready, "created": tally.created, "create_s": create_s, "stamps": tally.stamps})
     if case.kind is Kind.CATCH_UP:
@@ -358,7 +356,9 @@ async def watch(case: Case, crowd: Crowd, orders: asyncio.StreamReader) -> None:
         tally.lags.clear()
         tally.first_ns = 0
         await orders.readline()  # everything is written
-        await tally.all_came(tally.complete)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(case.limit_s):
+                await tally.all_came(tally.complete)
         report(tally, tally.stamps - early, early)
     if case.kind is Kind.STORM:
         await orders.readline()

@@ -85,9 +85,10 @@ class Load(_Child):
 def write(case: Case, endpoint: str, first: int, count: int, rate: float) -> None:
     """Write directly to the store at `endpoint`."""
     arguments = [case.name, endpoint, str(first), str(count), str(rate)]
-    ended = subprocess.run([PYTHON, "-m", "tests.bench.writer", *arguments], check=False)
-    if ended.returncode:
-        raise AssertionError("the writer failed")
+    try:
+        subprocess.run([PYTHON, "-m", "tests.bench.writer", *arguments], check=True, timeout=case.limit_s)
+    except subprocess.SubprocessError as error:
+        raise AssertionError(f"the writer failed: {error}") from None
 
 
 def rest(seconds: float) -> None:
@@ -110,7 +111,7 @@ def measure(case: Case, target: Target, endpoint: str, files: Certificates) -> F
         load = stack.enter_context(Load(case, target, files))
         ready = load.says()
         if "created" in ready and ready["created"] < case.watch_count:
-            raise AssertionError(f"{case.name} at {target.name}: {ready['created']} of {case.watch_count} watches")
+            raise AssertionError(f"{ready['created']:,} of {case.watch_count:,} watches were created")
         figures |= {name: ready[name] for name in ("create_s",) if name in ready}
         if case.kind is Kind.IDLE:
             figures["create_cpu_us"] = 1e6 * (target.cpu_s() - before_s) / case.watch_count

@@ -8,18 +8,16 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tests.bench.cases import LEVELS, OLD_PEER, OURS, PEER, WORKERS
+from tests.bench.cases import OLD_PEER, OURS, PEER
 from tests.bench.measure import Results
 from tests.bench.report import ratio
 
-COLOURS = {
+COLOURS = {  # of the targets that are drawn
     "floor": "#b0b0b0",
     "etcd": "#e0a458",
     PEER: "#4a7fb5",
     OLD_PEER: "#9dbcd8",
     OURS: "#2a9d6e",
-    WORKERS: "#8ccbb0",
-    LEVELS: "#bfe3d3",
 }
 FANOUT = ("burst", "paced", "single", "stacked", "ranges", "lowfan", "variants", "catch-up", "tls")
 
@@ -63,7 +61,9 @@ def _bars(results: Results, cases: list[str], name: str, title: str) -> Figure:
 
 
 def _panel(panel: Axes, results: Results, case: str, name: str) -> None:
-    by_target = {target: figures[name] for target, figures in results[case].items() if name in figures}
+    by_target = {
+        target: figures[name] for target, figures in results[case].items() if target in COLOURS and name in figures
+    }
     bars = panel.bar(list(by_target), list(by_target.values()), color=[COLOURS[target] for target in by_target])
     panel.bar_label(bars, fmt="{:.3g}", fontsize=7)
     panel.margins(y=0.15)

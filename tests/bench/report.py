@@ -16,6 +16,7 @@ from rich.table import Table
 from tests.bench import several
 from tests.bench.cases import CASES, OLD_PEER, OURS, PEER, Case, Kind
 from tests.bench.measure import Figures, Results
+from tests.bench.profiles import DEFAULT
 
 RATIO_FREE = frozenset({"lost"})
 
@@ -179,6 +180,19 @@ def goals_of(results: Results, peer: str = PEER) -> str:
     return "\n".join(lines) + "\n"
 
 
+def clients_of(results: Results) -> str:
+    """Return a table of the ratios to grpc-proxy with clients other than the default's; empty if there are none."""
+    lines = ["| case | clients | CPU | p99 | memory |", "|---|---|---:|---:|---:|"]
+    for name in results:
+        case = CASES[name]
+        if case.profile != DEFAULT or case.real:
+            found = [ratio(results, name, figure) for figure in GOAL_FIGURES]
+            cells = ["" if value is None else f"{value:.3f}" for value in found]
+            clients = "clientv3 itself" if case.real else case.profile
+            lines.append(f"| {name} | {clients} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
 def bounds_of(results: Results) -> str:
     """Return a table of the absolute targets of watchmux."""
     ours = {case: by_target[OURS] for case, by_target in results.items() if OURS in by_target}
@@ -215,6 +229,10 @@ def summary_of(results: Results, about: dict[str, Any]) -> str:
         "",
         goals_of(results),
     ]
+    if about["failures"]:
+        lines += ["Not finished:", "", *(f"- {failure}" for failure in about["failures"]), ""]
+    if clients := clients_of(results):
+        lines += ["With other clients:", "", clients]
     if any(OLD_PEER in targets for targets in results.values()):
         lines += ["The same to the grpc-proxy of etcd 3.4, in front of the same etcd:", "", goals_of(results, OLD_PEER)]
     lines.append(bounds_of(results))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from tests.bench.cases import CASES, LEVELS, OURS, WORKERS
+from tests.bench.cases import CASES, LEVELS, OURS, WORKERS, WORKERS_AT
 from tests.bench.measure import Figures, Results
 
 CPU_MAX = {"burst": 1.25, "paced": 1.25, "single": 1.25}
@@ -17,7 +17,7 @@ LEAST_SHARE = 0.8
 """The wanted CPU of the least busy worker, times the mean."""
 LATER_MS_MAX = 0.5
 """How much later than with one process p50 may be."""
-FEW, MANY = "scale-100", "scale-10000"
+FEW, MANY = (f"scale-{watches}" for watches in WORKERS_AT)
 ALONE = "single"
 """A case with a connection for each client."""
 CORES = (2, 4, 8, 16)

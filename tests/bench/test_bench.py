@@ -16,7 +16,7 @@ from tests.bench import report, several
 from tests.bench.arrivals import Arrivals
 from tests.bench.caller import stamped
 from tests.bench.cases import CASES, OLD_PEER, VARIANTS, WITH_SEVERAL, Case, Kind
-from tests.bench.load import Client, Tally, quantile_ms
+from tests.bench.load import Client, Crowd, Tally, quantile_ms, watch
 from tests.bench.measure import Results
 from tests.bench.profiles import DATA, PING, WINDOW_UPDATE, CCore, GrpcGo, GrpcJs, frame
 from tests.bench.wire import MARKER, frames, message_frame
@@ -99,6 +99,18 @@ async def test_a_delay_ends_when_the_bytes_arrive() -> None:
     assert arrived_ns < read_from_ns < now
 
 
+async def test_creates_that_never_come_end_at_the_limit(capsys: pytest.CaptureFixture[str]) -> None:
+    orders = asyncio.StreamReader()
+    orders.feed_eof()
+    case = Case("silent", "", 1, 1, at_a_time=1, limit_s=0.05)
+    with socket.create_server((HOST, 0)) as silent:
+        host, port = silent.getsockname()
+        crowd = Crowd(case, host, port, ("", ""))
+        await watch(case, crowd, orders)
+        crowd.go()
+    assert '{"ready": false, "created": 0,' in capsys.readouterr().out
+
+
 def kinds_of(data: bytes) -> list[tuple[int, int]]:
     """Return (kind, stream) of each frame."""
     return [(kind, stream) for kind, _, stream, _, _ in frames(data)]
@@ -138,6 +150,9 @@ def test_tables_show_ratios_and_missed_goals() -> None:
         "| burst | 0.250 of 0.20 **missed** | 1.000 of 0.45 **missed** | 1.000 of 0.45 **missed** |"
         in report.goals_of(results)
     )
+    assert report.clients_of(results) == ""
+    clients = report.clients_of({"single-c-core": results["burst"]})
+    assert "| single-c-core | C-core | 0.250 | 1.000 | 1.000 |" in clients
     results["burst"]["grpc-proxy-3.4"] = {**figures, "cpu_us": 5.0}
     assert "| burst | 0.100 of 0.20 |" in report.goals_of(results, OLD_PEER)
     assert len(report.tables_of(results)) == 1
