@@ -27,6 +27,7 @@ from tests.differential.target import Target
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import proxy_for, two_tiers
 from tests.etcd.binaries import EtcdBinary
+from tests.etcd.cluster import ELECTION_MS
 from tests.etcd.server import HOST, EtcdServer
 from tests.proxy_process import ProxyProcess
 
@@ -148,7 +149,8 @@ def _members(binary: EtcdBinary, flags: Sequence[str], count: int) -> list[EtcdS
         cluster = ",".join(f"m{number}=http://{HOST}:{each.peer_port}" for number, each in enumerate(servers))
         for number, server in enumerate(servers):
             # Longer than a single etcd's: a leader that waits for a processor must not lose its leadership.
-            server.extra += [f"--name=m{number}", f"--initial-cluster={cluster}", "--election-timeout=200"]
+            election = f"--election-timeout={ELECTION_MS}"
+            server.extra += [f"--name=m{number}", f"--initial-cluster={cluster}", election]
     return servers
 
 
