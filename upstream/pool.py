@@ -95,7 +95,7 @@ class Pool:
         self._slots = slots + list(known.values())
         self.changed()
 
-    def _dismiss(self) -> None:
+    def _retire_removed(self) -> None:
         """Retire the removed endpoints once another one works."""
         leaving = [slot for slot in self._slots if slot.leaving]
         if not leaving or all(slot.leaving or slot.connections is None for slot in self._slots):
@@ -320,7 +320,7 @@ class Pool:
 
     def changed(self) -> None:
         """Notify callers that an endpoint has changed or has room again."""
-        self._dismiss()
+        self._retire_removed()
         self.find_serving()
         self._changed.set()
         self._changed = asyncio.Event()

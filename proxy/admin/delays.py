@@ -119,7 +119,7 @@ class LoopDelay:
     def start(self) -> None:
         """Start the timer in the running event loop."""
         self._due = time.perf_counter() + TICK_S
-        self._timer = asyncio.get_running_loop().call_later(TICK_S, self._ring)
+        self._timer = asyncio.get_running_loop().call_later(TICK_S, self._timer_fired)
 
     def stop(self) -> None:
         """Stop the timer."""
@@ -127,7 +127,7 @@ class LoopDelay:
             self._timer.cancel()
             self._timer = None
 
-    def _ring(self) -> None:
+    def _timer_fired(self) -> None:
         self.histogram.observe(max(0.0, time.perf_counter() - self._due))
         self._every()
         self.start()

@@ -32,7 +32,7 @@ class Listening:
         self.sockets = sockets
         self._path = path
         # The file's identity: another file under the same name belongs to another process.
-        self._file = _identity(path) if path else None
+        self._file = _file_id(path) if path else None
 
     @property
     def port(self) -> int:
@@ -46,7 +46,7 @@ class Listening:
 
     def remove_file(self) -> None:
         """Remove the socket's file, unless another one has replaced it."""
-        if self._file is not None and _identity(self._path) == self._file:
+        if self._file is not None and _file_id(self._path) == self._file:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
         self._file = None
@@ -116,7 +116,7 @@ def _listen_tcp(family: int, address: tuple[Any, ...], backlog: int) -> socket.s
 
 
 def _listen_unix(path: str, backlog: int) -> Listening:
-    _make_way(path)
+    _remove_stale_socket(path)
     listening = socket.socket(socket.AF_UNIX)
     try:
         listening.bind(path)
@@ -128,7 +128,7 @@ def _listen_unix(path: str, backlog: int) -> Listening:
     return Listening([listening], path)
 
 
-def _make_way(path: str) -> None:
+def _remove_stale_socket(path: str) -> None:
     """Remove a stale socket file. Raises OSError for any other file at `path`."""
     try:
         found = os.lstat(path)
@@ -151,7 +151,7 @@ def _make_way(path: str) -> None:
     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
-def _identity(path: str) -> tuple[int, int] | None:
+def _file_id(path: str) -> tuple[int, int] | None:
     try:
         found = os.lstat(path)
     except OSError:

@@ -80,7 +80,7 @@ class Passthrough:
         self.held = HeldCalls(pool, self.settings, self.stats)
         self.unread = UnreadBytes(self.settings, self.stats)
 
-    def go_by(self, settings: PassthroughSettings) -> None:
+    def configure(self, settings: PassthroughSettings) -> None:
         """Use other settings from now on."""
         self.settings = self.held.settings = self.unread.settings = settings
 

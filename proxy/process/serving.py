@@ -235,7 +235,7 @@ class _SettingsApplier:
         proxy.engine.set_limits(core_limits(settings))
         proxy.listener.settings = listener_settings(self.settings)
         proxy.watches.settings = watch_settings(settings)
-        proxy.passthrough.go_by(passthrough_settings(settings))
+        proxy.passthrough.configure(passthrough_settings(settings))
         if _endpoints(settings) != self._endpoints and not settings.upstream.discovery_srv:
             self._endpoints = _endpoints(settings)
             self.stop()

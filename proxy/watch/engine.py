@@ -360,9 +360,9 @@ class Engine:
                 return
             timer.cancel()
         self._timer_at = deadline
-        self._timer = self._loop.call_at(deadline, self._ring)
+        self._timer = self._loop.call_at(deadline, self._timer_fired)
 
-    def _ring(self) -> None:
+    def _timer_fired(self) -> None:
         self._timer = None
         deadline = self.core.next_deadline()
         if deadline is not None and deadline <= self._loop.time():

@@ -314,7 +314,7 @@ async def test_reads_beyond_the_limit_of_bytes_go_alone(etcd: EtcdServer) -> Non
         assert rig.proxy.passthrough.stats.range_calls_not_shared == 3
         assert rig.upstream == 5
         # Nor does a request wait that is larger than the limit.
-        rig.proxy.passthrough.go_by(PassthroughSettings(shared_reads_bytes_max=100))
+        rig.proxy.passthrough.configure(PassthroughSettings(shared_reads_bytes_max=100))
         before = rig.upstream
         for call in [read(rig.client) for _ in range(3)]:
             await answer_of(call)
@@ -450,7 +450,7 @@ async def test_sharing_can_be_disabled_at_any_time(etcd: EtcdServer) -> None:
         rig.pause()
         shared = [read(rig.client) for _ in range(3)]
         await rig.arrived(3)
-        rig.proxy.passthrough.go_by(PassthroughSettings(share_reads=False))
+        rig.proxy.passthrough.configure(PassthroughSettings(share_reads=False))
         calls = rig.proxy.passthrough.stats.calls
         alone = [read(rig.client) for _ in range(3)]
         await until_async(lambda: rig.proxy.passthrough.stats.calls == calls + 3, "the calls")

@@ -121,7 +121,7 @@ async def test_call_wait_can_be_changed_while_calls_come() -> None:
     async with waiting() as (running, client, _):
         before = client.call(PUT)
         await until_async(lambda: running.passthrough.waiting == 1, "the call to wait")
-        running.passthrough.go_by(PassthroughSettings(call_wait_s=0))
+        running.passthrough.configure(PassthroughSettings(call_wait_s=0))
         assert await client.call(PUT, end=True).end(4) == (Status.UNAVAILABLE, NO_CONNECTION)
         assert not before.over
 
