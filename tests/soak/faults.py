@@ -85,8 +85,9 @@ class Faults:
         ]
         self.killed: set[int] = set()
         """The ids of the processes of --workers that were killed."""
-        for kind in ("hub", "worker") if spared else ():
+        for kind in ("hub", "worker", "parent") if spared else ():
             away.append((f"{kind} held by SIGSTOP", 1, partial(self._hold_one, kind)))
+        for kind in ("hub", "worker") if spared else ():
             (restarting if kind == spared else away).append((f"{kind} killed", 4, partial(self._kill_one, kind)))
         self._only = only
         self._faults = [fault for fault in away if only in fault[0]]
@@ -173,6 +174,8 @@ class Faults:
 
     async def _one(self, kind: str) -> int:
         """Return the id of a process of --workers; 0 while the proxy does not say."""
+        if kind == "parent":
+            return self._proxy.process.pid if self._proxy.process is not None else 0
         processes = await asyncio.to_thread(self._proxy.processes)
         return self._chance.choice([pid for name, pid in sorted(processes.items()) if kind in name] or [0])
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import pickle
+import socket
 from dataclasses import replace
 
 import msgspec
@@ -30,3 +32,22 @@ async def test_settings_that_arrive_during_the_start_are_applied() -> None:
         process.start(proxy, Parent(None), Reloading(settings, applied.append), Monitor(proxy, "here:1"))
         assert applied == [changed]
         process.stop()
+
+
+async def test_a_stopped_parent_gets_no_more_reports() -> None:
+    """They would fill the memory of the processes; the parent kills none of them, and may go on later."""
+    ours, theirs = socket.socketpair()
+    process = ReportingProcess(ProcessPlace("worker-1", Listening([])))
+    async with proxy_for("127.0.0.1:1") as proxy:
+        parent = await Parent.join(theirs.detach(), process.came, lambda: None)
+        parent.write_line("x" * (1 << 22))
+        unsent = parent.unsent_bytes
+        assert unsent
+        process.start(proxy, parent, Reloading(Settings(), lambda _: None), Monitor(proxy, "here:1"))
+        for _ in range(5):
+            await asyncio.sleep(0)
+            proxy.health.on_change()
+            assert parent.unsent_bytes == unsent
+        process.stop()
+        ours.close()
+        await parent.leave()
