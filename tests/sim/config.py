@@ -49,6 +49,7 @@ class Config:
     value_bytes_max: int = 40
     # The share of watches with it.
     prev_kv: float = 0.25
+    progress_notify: float = 0.2
     clients_max: int = 5
     watches_max: int = 16
     # Random moves made after each step.
@@ -137,6 +138,7 @@ def make_config(rng: random.Random) -> Config:
     if covers:
         keys = (*keys, *_COVERED_KEYS)
         ranges += aside.sample(_COVERED_RANGES, aside.randint(1, 4))
+    small = constants.draw(random.Random(f"constants {limits}"))
     return Config(
         limits,
         tuple(ranges),
@@ -160,5 +162,7 @@ def make_config(rng: random.Random) -> Config:
         clients_max=rng.randint(1, 6),
         moves=rng.choice((0, 3, 10)),
         late_timers=rng.random() < 0.2,
-        constants=constants.draw(random.Random(f"constants {limits}")),
+        constants=small,
+        # So many that a round takes several steps.
+        progress_notify=0.6 if small else 0.2,
     )

@@ -148,6 +148,20 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
         "a notification of etcd is kept back", "notifying", "if trunk.notices is not None and not trunk.opening", "if 0"
     ),
     Mutant("a watch is notified before its start", "notifying", "and watch.progress_floor < trunk.next_revision", ""),
+    # Work that takes several steps.
+    Mutant("a round ends with a full step", "notifying", "if len(watches) < left:", "if len(watches) <= left:"),
+    Mutant(
+        "the rest of a round waits",
+        "notifying",
+        "return self._state.now if self._rounds else self._state.notices.next_deadline()",
+        "return self._state.notices.next_deadline()",
+    ),
+    Mutant(
+        "the watches of an ended session stay",
+        "core",
+        "or state.leaving or self._reads.answered",
+        "or self._reads.answered",
+    ),
     # Histories that are kept without an upstream watch.
     Mutant(
         "a kept history goes on too late",

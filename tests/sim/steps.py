@@ -150,7 +150,7 @@ def _new_watch(
         no_delete=rng.random() < 0.12,
         prev_kv=rng.random() < world.config.prev_kv,
         fragment=rng.random() < 0.3,
-        progress_notify=rng.random() < 0.2,
+        progress_notify=rng.random() < world.config.progress_notify,
     )
     if plain:
         spec = Spec(key, range_end)

@@ -15,12 +15,12 @@ from functools import partial
 from typing import Any
 
 from coalesce.guarantees.checkers import Received
-from proto.pb import rpc_pb2
 from proto.scan import Header, WatchResponse
 from tests.coalesce.shell import messages_of
 from tests.sim.calls import Calls
 from tests.sim.clients import SimSession, SimWatch, Spec, judge_logs, leaves
 from tests.sim.config import Config, covers_range
+from tests.sim.describing import describe
 from tests.sim.failure import SimulationFailure
 from tests.sim.model_store import Member, Store
 from tests.sim.parts import REAL, Parts
@@ -540,6 +540,7 @@ class World:
         """Have the core check its invariants."""
         self.count("invariant checks")
         self.core.check()
+        self._check_postponed()
         age_s_max = self.config.limits["lagging_age_s_max"]
         for upstream in self.open_upstreams.values():
             if not upstream.is_backfill and type(upstream.source).__name__ == "Cover" and upstream.token is not None:
@@ -554,35 +555,20 @@ class World:
             if age_s_max is not None and waits and self.now > session.stalled_at + age_s_max + 0.001:
                 raise SimulationFailure(f"a session has been stalled since {session.stalled_at}, it is {self.now}")
 
+    def _check_postponed(self) -> None:
+        """Check that what exceeded the bound of one step goes on at once."""
+        core, state = self.core, self.core._state
+        to_examine = core._moving._to_examine if state.covers.prefixes else ()
+        rests = (state.leaving, state.to_replay_later, state.to_advance_later, core._notifying._rounds, to_examine)
+        deadline = World.next_deadline(self)
+        if any(rests) and (deadline is None or deadline > self.now):
+            raise SimulationFailure("work that was postponed waits for another reason to go on")
+
     def expire(self) -> None:
         """Fire the due timers of the core and the reader."""
         self.calls.prove()
         self.upstream.look_again(self.rng)
         self.input(self.core.expire)
-
-
-def describe(value: Any) -> str:
-    """Return a short text for an input or effect of the core."""
-    if isinstance(value, WatchResponse):
-        flags = [name for name in ("created", "canceled", "fragment") if getattr(value, name)]
-        revisions = [event.revision for event in value.events]
-        return f"<header {value.header.revision} {' '.join(flags)} {revisions} compact {value.compact_revision}>"
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(map(describe, value))}]"
-    slots = [
-        name
-        for name in ("session", "watches", "payload", "message", "upstream", "status", "text")
-        if hasattr(value, name)
-    ]
-    if type(value).__name__ in _CARRY_OUT:
-        return f"{type(value).__name__}({', '.join(describe(getattr(value, name)) for name in slots)})"
-    if type(value).__name__ == "Payload":
-        return f"payload {value.first_revision}..{value.last_revision}"
-    if isinstance(value, bytes):
-        return str(rpc_pb2.WatchResponse.FromString(value[5:])).replace("\n", " ")
-    if type(value).__name__ == "Session":
-        return f"session {id(value) % 10_000}"
-    return repr(value)
 
 
 _CARRY_OUT: dict[str, Callable[[World, Any], None]] = {
