@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 
 from tests.sim.clients import SimWatch, judge_logs
-from tests.sim.config import span_of
+from tests.sim.config import covers_range, span_of
 from tests.sim.failure import SimulationFailure
 from tests.sim.world import SimClient, World
 
@@ -243,9 +243,15 @@ def _check_upstream(world: World) -> None:
     """Check that there is one upstream watch per cover or watched range, and nothing else."""
     ranges = {(watch.spec.key or b"\0", watch.spec.range_end) for watch in live_watches(world)}
     # A cover that etcd has refused may have a twin, with or without prev_kv, that it serves.
-    refused = set(map(span_of, world.core._state.covers.suspended))
+    state = world.core._state
+    refused = set(map(span_of, state.covers.suspended))
+    # While trunks_max trunks are open, watches stay on a cover that was removed.
+    is_full = len(state.trunks) >= world.config.limits["trunks_max"]
+    removed = {trunk.prefix for trunk in state.trunks.values() if is_full and getattr(trunk, "retired", False)}
     # A watch stays on a wider cover when a longer one is configured later.
     allowed = {span: set(map(span_of, world.covers_of(span))) or {span, *refused} for span in ranges}
+    for span, wanted in allowed.items():
+        wanted.update(span_of(prefix) for prefix in removed if covers_range(prefix, *span))
     watched = sorted(span for link in world.upstream.links() for span in link.spans.values())
     opened = list(world.open_upstreams.values())
     if any(upstream.is_backfill for upstream in opened):
