@@ -10,6 +10,7 @@ import asyncio
 import gc
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,48 @@ DRAIN_WATCHES_SHARE = 0.5
 log = logs.logger("proxy")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProxySettings:
+    """What a proxy is started with."""
+
+    endpoints: str | Sequence[str]
+    """etcd's addresses."""
+    watch_endpoints: str | Sequence[str] = ()
+    """The addresses of proxies that watches are taken from, instead of from `endpoints`."""
+    host: str = "127.0.0.1"
+    port: int = 0
+    """Where to listen; 0: any free port."""
+    path: str = ""
+    """A unix socket to listen on, instead of host and port."""
+    listening: Listening | None = None
+    """Sockets that listen already, instead of an address."""
+    tls: FileContext | None = None
+    """For the listener."""
+    upstream_tls: FileContext | None = None
+    """Towards etcd."""
+    upstream: UpstreamSettings = field(default_factory=UpstreamSettings)
+    listener: ListenerSettings = field(default_factory=ListenerSettings)
+    watch: WatchSettings = field(default_factory=WatchSettings)
+    passthrough: PassthroughSettings = field(default_factory=PassthroughSettings)
+    reader: ReaderSettings = field(default_factory=ReaderSettings)
+    limits: CoreLimits = field(default_factory=CoreLimits)
+    """The core's."""
+    credentials: Credentials | None = None
+    """The user for watches at etcd."""
+    upstream_cert: str = ""
+    """The file of the client certificate for etcd, to be checked for a CN."""
+    http1: str = ""
+    """The endpoint for HTTP/1 connections, if not one of `endpoints`."""
+    namespace: bytes = b""
+    """The prefix that clients' keys have at etcd."""
+    advertised: str = ""
+    """The URL that MemberList shows for every member; "": etcd's own."""
+    probe_interval_s: float = 0.0
+    """The interval of the self-probe, 0 for never."""
+    tune_gc: bool = True
+    """Tune the process's garbage collector for this work."""
+
+
 class Proxy:
     """One proxy in front of one etcd cluster. Call `start` once, then `drain` or `stop`.
 
@@ -70,67 +113,17 @@ class Proxy:
     pool: Pool
     upstream: WatchClient
 
-    def __init__(
-        self,
-        *,
-        endpoints: str | Sequence[str],
-        watch_endpoints: str | Sequence[str] = (),
-        host: str = "127.0.0.1",
-        port: int = 0,
-        path: str = "",
-        listening: Listening | None = None,
-        tls: FileContext | None = None,
-        upstream_tls: FileContext | None = None,
-        upstream: UpstreamSettings | None = None,
-        listener: ListenerSettings | None = None,
-        watch: WatchSettings | None = None,
-        passthrough: PassthroughSettings | None = None,
-        reader: ReaderSettings | None = None,
-        limits: CoreLimits | None = None,
-        credentials: Credentials | None = None,
-        upstream_cert: str = "",
-        http1: str = "",
-        namespace: bytes = b"",
-        advertised: str = "",
-        probe_interval_s: float = 0.0,
-        tune_gc: bool = True,
-    ) -> None:
-        """Store the settings; nothing is started yet.
-
-        `endpoints`: etcd's addresses. `watch_endpoints`: those of the proxies that watches are taken from, instead of
-        from `endpoints`. `host`, `port`: where to listen, port 0 for any free one; or `path`, a unix socket; or
-        `listening`, sockets that listen already. `tls`: for the listener; `upstream_tls`: towards etcd. `limits`: the
-        core's. `credentials`: the user for watches at etcd. `upstream_cert`: the file of the client certificate for
-        etcd, to be checked for a CN. `http1`: the endpoint for HTTP/1 connections, if not one of `endpoints`.
-        `namespace`: the prefix that clients' keys have at etcd. `advertised`: the URL that MemberList shows for every
-        member; "": etcd's own. `probe_interval_s`: the interval of the self-probe, 0 for never. `tune_gc`: tune the
-        process's garbage collector for this work.
-        Raises BadEndpoint.
-        """
-        self.endpoints: list[Endpoint] = parse_endpoints(endpoints)
-        self.watch_endpoints: list[Endpoint] = parse_endpoints(watch_endpoints) if watch_endpoints else []
+    def __init__(self, settings: ProxySettings) -> None:
+        """Nothing is started yet. Raises BadEndpoint."""
+        self._settings = settings
+        self.endpoints: list[Endpoint] = parse_endpoints(settings.endpoints)
+        self.watch_endpoints = parse_endpoints(settings.watch_endpoints) if settings.watch_endpoints else []
         self.health = health.Health()
-        self._address = (host, port)
-        self._path = path
-        self._listening = listening
-        self._tls = tls
-        self._upstream_tls = upstream_tls
-        self._upstream_settings = upstream or UpstreamSettings()
-        self._listener_settings = listener or ListenerSettings()
-        self._watch_settings = watch or WatchSettings()
-        self._passthrough_settings = passthrough or PassthroughSettings()
-        self._reader_settings = reader or ReaderSettings()
-        self._limits = limits or CoreLimits()
-        self._credentials = credentials
-        self._upstream_cert = upstream_cert
-        self._http1_elsewhere = parse_endpoint(http1) if http1 else None
-        self.bundled_store = bool(http1)
+        self._http1_elsewhere = parse_endpoint(settings.http1) if settings.http1 else None
+        self.bundled_store = bool(settings.http1)
         """It serves the bundled store, which loses its data, and not an etcd."""
         self.guard: CommonNameGuard | None = None
-        self._namespace = Namespace(namespace) if namespace else None
-        self._advertised = advertised
-        self._probe_interval_s = probe_interval_s
-        self._tune_gc = tune_gc
+        self._namespace = Namespace(settings.namespace) if settings.namespace else None
         # The check that watches and calls go to the same cluster.
         self._comparing: asyncio.Task[None] | None = None
         # Why watches are not served: they would come from another cluster.
@@ -140,48 +133,50 @@ class Proxy:
 
     async def start(self) -> None:
         """Start: connections to etcd in the background, then the listener. Raises OSError when it cannot listen."""
-        settings, tls = self._upstream_settings, self._upstream_tls
-        self.pool = Pool(self.endpoints, tls, settings, logs.logger("pool"))
+        settings, tls = self._settings, self._settings.upstream_tls
+        self.pool = Pool(self.endpoints, tls, settings.upstream, logs.logger("pool"))
         self.pool.when_available(self._upstream_changed)
         namespace = self._namespace
-        self.reader = AuthReader(self.pool, self._reader_settings, namespace)
-        self.listener = Listener(self._listener_settings)
-        self.engine = Engine(Coalescer(self._limits), self.reader, self.listener)
+        self.reader = AuthReader(self.pool, settings.reader, namespace)
+        self.listener = Listener(settings.listener)
+        self.engine = Engine(Coalescer(settings.limits), self.reader, self.listener)
         watch_log = logs.logger("upstream")
         sources = self.watch_endpoints or self.endpoints
         route = self._id if self.watch_endpoints else b""
-        self.upstream = WatchClient(sources, self.engine, settings, tls, watch_log, self._credentials, namespace, route)
+        self.upstream = WatchClient(
+            sources, self.engine, settings.upstream, tls, watch_log, settings.credentials, namespace, route
+        )
         self.pool.cork = self.upstream.cork = self.listener
         self.engine.attach(self.upstream)
         self.engine.upstream_changed = self._watches_changed
-        self.watches = watch_service.WatchService(self.engine, self._watch_settings)
+        self.watches = watch_service.WatchService(self.engine, settings.watch)
         self.engine.failed = self.watches.end_all
         self.passthrough, refusal = self._make_passthrough()
-        self.http1 = Http1(self._http1_endpoint, self._upstream_tls, refusal=refusal)
+        self.http1 = Http1(self._http1_endpoint, tls, refusal=refusal)
         self.upstream.on_problem = self._upstream_changed
-        self.probe = SelfProbe(self.listener, self.engine, self.health, self._probe_interval_s)
-        if self._upstream_cert:
+        self.probe = SelfProbe(self.listener, self.engine, self.health, settings.probe_interval_s)
+        if settings.upstream_cert:
             from proxy.auth.cn_guard import CommonNameGuard
 
-            self.guard = CommonNameGuard(self.reader, self._upstream_cert, self._upstream_changed)
+            self.guard = CommonNameGuard(self.reader, settings.upstream_cert, self._upstream_changed)
             self.guard.start()
         self._route()
         self.pool.start()
         self.upstream.start()
         try:
-            await self.listener.start(*self._address, self._tls, self._path, self._listening)
+            await self.listener.start(settings.host, settings.port, settings.tls, settings.path, settings.listening)
         except OSError:
             await self.stop()
             raise
-        if self._probe_interval_s:
+        if settings.probe_interval_s:
             self.probe.start()
-        if self._tune_gc:
+        if settings.tune_gc:
             tune_gc()
 
     def _make_passthrough(self) -> tuple[Passthrough, str]:
         """Return the handler of all calls but Watch, and the reason why HTTP/1 is refused ("" if it is not)."""
-        if self._namespace is None and not self._advertised:
-            return Passthrough(self.pool, self._passthrough_settings), ""
+        if self._namespace is None and not self._settings.advertised:
+            return Passthrough(self.pool, self._settings.passthrough), ""
         # Imported only here: without a namespace or an advertised URL these modules are not needed.
         from proxy.passthrough import advertised, namespaced_calls
         from proxy.passthrough.translating import HTTP1_REFUSAL, TranslatingPassthrough
@@ -189,9 +184,9 @@ class Proxy:
         rules = []
         if self._namespace is not None:
             rules.append(namespaced_calls.rules(self._namespace))
-        if self._advertised:
-            rules.append(advertised.rules(self._advertised))
-        passthrough = TranslatingPassthrough(self.pool, rules, self._passthrough_settings)
+        if self._settings.advertised:
+            rules.append(advertised.rules(self._settings.advertised))
+        passthrough = TranslatingPassthrough(self.pool, rules, self._settings.passthrough)
         return passthrough, HTTP1_REFUSAL if self._namespace is not None else ""
 
     def _route(self) -> None:
@@ -269,7 +264,7 @@ class Proxy:
         Renewed files count, as they do for the next connection.
         """
         found = {}
-        for use, context in (("listener", self._tls), ("upstream", self._upstream_tls)):
+        for use, context in (("listener", self._settings.tls), ("upstream", self._settings.upstream_tls)):
             if context is not None:
                 from proxy.listening.handshake import not_renewed
 

@@ -32,7 +32,7 @@ from proxy.process.addresses import cannot_listen
 from proxy.process.child import Child, ChildFailed, ChildReady, Parent, on_signals, python_command
 from proxy.process.reloading import Reloading
 from proxy.process.service_manager import ServiceManager
-from proxy.server import Proxy
+from proxy.server import Proxy, ProxySettings
 from proxy.version import process_identity
 from upstream.endpoints import parse_endpoint
 from upstream.errors import UpstreamError
@@ -100,25 +100,27 @@ def proxy_of(settings: Settings, endpoints: list[str], http1: str = "", place: P
     address = parse_listen_address(settings.listener.listen_addr)
     inward, outward = _tls(settings)
     return Proxy(
-        endpoints=endpoints,
-        watch_endpoints=settings.upstream.watch_endpoints,
-        host=address.host,
-        port=address.port,
-        path=address.path,
-        listening=None if place is None else place.listening,
-        tls=inward,
-        upstream_tls=outward,
-        upstream=upstream_settings(settings, is_hub=place is not None and not place.hub),
-        listener=listener_settings(settings),
-        watch=watch_settings(settings),
-        passthrough=passthrough_settings(settings),
-        limits=core_limits(settings),
-        credentials=credentials(settings),
-        upstream_cert=settings.upstream.cert,
-        http1=http1,
-        namespace=settings.upstream.namespace.encode(errors="surrogateescape"),
-        advertised=client_url(settings.listener.advertise_client_url, secure=bool(settings.listener.cert_file)),
-        probe_interval_s=settings.admin.probe_interval_s,
+        ProxySettings(
+            endpoints=endpoints,
+            watch_endpoints=settings.upstream.watch_endpoints,
+            host=address.host,
+            port=address.port,
+            path=address.path,
+            listening=None if place is None else place.listening,
+            tls=inward,
+            upstream_tls=outward,
+            upstream=upstream_settings(settings, is_hub=place is not None and not place.hub),
+            listener=listener_settings(settings),
+            watch=watch_settings(settings),
+            passthrough=passthrough_settings(settings),
+            limits=core_limits(settings),
+            credentials=credentials(settings),
+            upstream_cert=settings.upstream.cert,
+            http1=http1,
+            namespace=settings.upstream.namespace.encode(errors="surrogateescape"),
+            advertised=client_url(settings.listener.advertise_client_url, secure=bool(settings.listener.cert_file)),
+            probe_interval_s=settings.admin.probe_interval_s,
+        )
     )
 
 

@@ -14,7 +14,7 @@ import grpc.aio
 
 from coalesce.limits import CoreLimits
 from proto.pb import rpc_pb2, rpc_pb2_grpc
-from proxy.server import Proxy
+from proxy.server import Proxy, ProxySettings
 from tests.e2e.raw_client import RawClient
 from tests.etcd.server import EtcdServer
 
@@ -32,7 +32,7 @@ async def proxy_for(etcd: EtcdServer | str, failures: int = 0, **settings: Any) 
         async with two_tiers(etcd, failures, **settings) as proxy:
             yield proxy
         return
-    proxy = Proxy(endpoints=endpoint, tune_gc=False, **settings)
+    proxy = Proxy(ProxySettings(endpoints=endpoint, tune_gc=False, **settings))
     await proxy.start()
     try:
         yield proxy
@@ -70,7 +70,7 @@ async def two_tiers(etcd: EtcdServer | str, failures: int = 0, **settings: Any) 
         ours["limits"] = replace(limits, watches_per_session_max=CoreLimits().watches_per_session_max)
     with tempfile.TemporaryDirectory(prefix="watchmux-hub-") as directory:
         path = f"{directory}/hub"
-        hub = Proxy(endpoints=endpoint, tune_gc=False, path=path, **ours)
+        hub = Proxy(ProxySettings(endpoints=endpoint, tune_gc=False, path=path, **ours))
         await hub.start()
         try:
             async with proxy_for(endpoint, failures, watch_endpoints=f"http+unix://{path}", **settings) as proxy:

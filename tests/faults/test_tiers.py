@@ -9,7 +9,7 @@ from pathlib import Path
 import grpc.aio
 
 from coalesce.ending import OTHER_HISTORY
-from proxy.server import Proxy
+from proxy.server import Proxy, ProxySettings
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct, proxy_for, two_tiers
 from tests.etcd.server import HOST, EtcdServer, free_port
@@ -23,7 +23,7 @@ WATCHERS = "etcd_debugging_mvcc_watcher_total"
 
 async def hub_at(etcd: EtcdServer, port: int) -> Proxy:
     """Start a hub on a port."""
-    hub = Proxy(endpoints=etcd.endpoint, tune_gc=False, port=port)
+    hub = Proxy(ProxySettings(endpoints=etcd.endpoint, tune_gc=False, port=port))
     await hub.start()
     return hub
 

@@ -17,7 +17,7 @@ import uvloop
 
 from proto.pb import rpc_pb2
 from proxy.listening.settings import ListenerSettings
-from proxy.server import Proxy, tune_gc
+from proxy.server import Proxy, ProxySettings, tune_gc
 from proxy.watch.settings import WatchSettings
 from tests.bench.profiles import DATA, HEADERS, frame
 from tests.bench.sharing.bystander import load_command
@@ -97,7 +97,7 @@ async def leaving(etcd: EtcdServer, streams: int, per_turn: int) -> Turns:
         "listener": ListenerSettings(leaving_per_turn=per_turn),
         "watch": WatchSettings(sessions_per_connection_max=streams),
     }
-    proxy = Proxy(endpoints=etcd.endpoint, tune_gc=False, **settings)
+    proxy = Proxy(ProxySettings(endpoints=etcd.endpoint, tune_gc=False, **settings))
     await proxy.start()
     command = [sys.executable, "-m", "tests.bench.sharing.leaving", "stay", str(streams), str(proxy.port)]
     client = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)

@@ -17,7 +17,7 @@ import uvloop
 
 from coalesce.limits import CoreLimits
 from proto.pb import rpc_pb2
-from proxy.server import Proxy, tune_gc
+from proxy.server import Proxy, ProxySettings, tune_gc
 from tests.bench.profiles import DATA, HEADERS, RST_STREAM, frame
 from tests.bench.sharing.bystander import load_command
 from tests.bench.sharing.front import Figures, Front, Scenario
@@ -117,7 +117,7 @@ async def stay(port: int, place: str, way: str) -> str:
 
 async def leaving(etcd: EtcdServer, place: str, way: str) -> Turns:
     """Return the durations of the turns until all of the client's state was removed."""
-    proxy = Proxy(endpoints=etcd.endpoint, tune_gc=False, limits=CoreLimits(covers=PLACES[place].covers))
+    proxy = Proxy(ProxySettings(endpoints=etcd.endpoint, tune_gc=False, limits=CoreLimits(covers=PLACES[place].covers)))
     await proxy.start()
     command = [sys.executable, "-m", "tests.bench.sharing.leaving_watches", "stay", place, way, str(proxy.port)]
     client = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)

@@ -227,10 +227,10 @@ import asyncio, sys
 from proxy.admin.port import PAGES, Admin
 from proxy.config.values import Address
 from proxy.process import running
-from proxy.server import Proxy
+from proxy.server import Proxy, ProxySettings
 
 async def serve():
-    proxy = Proxy(endpoints="127.0.0.1:1")
+    proxy = Proxy(ProxySettings(endpoints="127.0.0.1:1"))
     await proxy.start()
     admin = Admin(proxy, Address("127.0.0.1", 0), "")
     await admin.start()

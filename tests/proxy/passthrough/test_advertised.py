@@ -99,4 +99,4 @@ def test_url_without_scheme_gets_the_listeners_scheme(tmp_path: Path, secure: bo
     files = make_certificates(tmp_path)
     certificate, key = (files.server_cert, files.server_key) if secure else ("", "")
     settings = Settings(listener=ListenerTable(advertise_client_url="proxy:1", cert_file=certificate, key_file=key))
-    assert proxy_of(settings, ["127.0.0.1:2379"])._advertised == url
+    assert proxy_of(settings, ["127.0.0.1:2379"])._settings.advertised == url
