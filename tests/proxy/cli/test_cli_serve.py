@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from proto.pb import rpc_pb2, rpc_pb2_grpc
+from proto.pb import v3lock_pb2, v3lock_pb2_grpc
 from proxy.cli.group import run
 from proxy.config.values import parse_address
 from proxy.version import program_version
@@ -185,22 +184,18 @@ def test_the_proxy_ends_when_its_bundled_store_dies(tmp_path: Path) -> None:
 
 def test_a_second_signal_does_not_wait_for_open_calls(tmp_path: Path, etcd: EtcdServer) -> None:
     with served(tmp_path, f"--endpoints={etcd.endpoint}", "--drain=60s") as proxy:
-        leaving = threading.Event()
-
-        def requests() -> Iterator[rpc_pb2.LeaseKeepAliveRequest]:
-            yield rpc_pb2.LeaseKeepAliveRequest(ID=1)
-            leaving.wait(30)
-
         with grpc.insecure_channel(str(proxy.serving()["address"])) as channel:
-            calls = rpc_pb2_grpc.LeaseStub(channel).LeaseKeepAlive(requests(), wait_for_ready=True, timeout=30)
-            assert next(calls).ID == 1
+            lock = v3lock_pb2_grpc.LockStub(channel).Lock
+            lock(v3lock_pb2.LockRequest(name=b"held"), wait_for_ready=True, timeout=30)
+            waiting = lock.future(v3lock_pb2.LockRequest(name=b"held"), timeout=30)
+            keys = ("get", "--prefix", "--keys-only", "held/")
+            until(lambda: len(etcd.ctl(*keys).stdout.split()) == 2, "the second call to wait for the first")
             proxy.process.send_signal(signal.SIGTERM)
             until(lambda: "draining" in [line["msg"] for line in proxy.lines()], "the proxy to drain")
             assert proxy.process.poll() is None
             assert proxy.end() == 0
-            leaving.set()
             with pytest.raises(grpc.RpcError):
-                next(calls)
+                waiting.result()
         assert any("second signal" in str(line["msg"]) for line in proxy.lines())
 
 
