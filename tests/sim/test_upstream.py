@@ -11,7 +11,7 @@ import pytest
 
 from tests.sim.model_store import Member, Store
 from tests.sim.store_alone import run_store
-from tests.sim.upstream_alone import run_alone
+from tests.sim.upstream_alone import STEPS, Harness, run_alone
 from tests.sim.upstream_shell import AnyMember, Callbacks, UpstreamShell
 
 BLOCK = 100
@@ -29,6 +29,22 @@ def test_no_event_is_lost_or_repeated(first: int, bundled: bool) -> None:
 def test_the_store_keeps_every_write(first: int) -> None:
     for seed in range(first, first + BLOCK):
         assert run_store(seed) == "", f"run_store({seed})"
+
+
+def test_a_run_does_not_depend_on_addresses_of_objects() -> None:
+    """The order of a set of objects would."""
+    harnesses: list[Harness] = []
+
+    def run_again(seed: int) -> list[str]:
+        harness = Harness(random.Random(seed), False)
+        # Kept, so that the objects of the next run have other addresses.
+        harnesses.append(harness)
+        for _ in range(STEPS):
+            harness.step()
+        return [repr(upstream.log.records) for upstream in harness.all]
+
+    for seed in range(200):
+        assert run_again(seed) == run_again(seed), seed
 
 
 class Unrecognised(UpstreamShell):

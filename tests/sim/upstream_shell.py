@@ -129,8 +129,9 @@ class UpstreamShell:
         # Streams that wait for a place at the server until a further connection is open, and their requests.
         self.limited = False
         self._unopened: dict[WatchStream, list[bytes]] = {}
-        # Streams on connections that are closing, maybe to another member than the new ones.
-        self._leaving: set[WatchStream] = set()
+        # Streams on connections that are closing, maybe to another member than the new ones; in order, since the order
+        # of a set would change from run to run.
+        self._leaving: dict[WatchStream, None] = {}
         # Ranges whose create ends the whole stream, with the error text; how often each was tried.
         self.poisoned: set[tuple[bytes, bytes]] = set()
         self.poison_text = "grpc: received message larger than max"
@@ -148,7 +149,7 @@ class UpstreamShell:
         self._links: dict[WatchStream, AnyStream] = {}
         self._feeds: dict[WatchStream, Any] = {}
         # Streams with `hasleader`.
-        self._led: set[WatchStream] = set()
+        self._led: dict[WatchStream, None] = {}
         # How many responses of a paused stream are still read, since they had arrived before the pause.
         self._in_flight: dict[WatchStream, int] = {}
 
@@ -307,7 +308,7 @@ class UpstreamShell:
             return
         if not self._recognise(rng, other):
             return
-        self._leaving.update(self._links)
+        self._leaving.update(dict.fromkeys(self._links))
         self.endpoint = other
         self.state.ordered_progress = other.member.ordered_progress
         if self.position is not None:
@@ -351,8 +352,8 @@ class UpstreamShell:
             stream, status, text, endpoint, self.endpoints, moved=moved, healthy=True, works=self.state.works
         )
         self._unlink(stream)
-        self._led.discard(stream)
-        self._leaving.discard(stream)
+        self._led.pop(stream, None)
+        self._leaving.pop(stream, None)
         self.breaks += 1
         self._do(self.state.over(stream, follows, status, text))
         self.unregistered = True
@@ -474,7 +475,7 @@ class UpstreamShell:
         stream.ordered = self._links[stream].member.ordered_progress
         self._feeds[stream] = self._parts.feed.ResponseOrder(scan_watch_response, 1 << 20)
         if not self.choice.leaderless:
-            self._led.add(stream)
+            self._led[stream] = None
 
     def _open(self, token: bytes | None) -> AnyStream:
         assert self.member is not None
@@ -501,8 +502,8 @@ class UpstreamShell:
                 case watch_effects.CloseStream():
                     self._unopened.pop(effect.stream, None)
                     self._unlink(effect.stream)
-                    self._led.discard(effect.stream)
-                    self._leaving.discard(effect.stream)
+                    self._led.pop(effect.stream, None)
+                    self._leaving.pop(effect.stream, None)
                 case watch_effects.WatchReceived():
                     self.on.received(effect.watch, effect.response)
                 case watch_effects.Progressed():
