@@ -39,11 +39,14 @@ PUT_AHEAD_MAX = 10_000
 """Watches that may be put ahead of their trunks until progress is requested, which puts them in step: 0.5 us of CPU for
 each, in one step. Also the maximum trunks that are asked then."""
 
+TRUNKS_PER_LOOK_MAX = 10_000
+"""Maximum trunks that are examined for old bookmarks in one step: 0.1 us of CPU for each."""
+
 
 class Progress:
     """Answers to sessions and rounds that wait for progress, and bookmarks that stay fresh."""
 
-    __slots__ = ("_bookmark_at", "_notifying", "_requests", "_state", "_waiters")
+    __slots__ = ("_bookmark_at", "_notifying", "_oldest", "_parts", "_requests", "_state", "_to_look", "_waiters")
 
     def __init__(
         self, state: CoreState, waiters: ProgressWaiters, requests: ProgressRequests, notifying: ProgressNotifier
@@ -54,6 +57,10 @@ class Progress:
         self._notifying = notifying
         # When to look for old bookmarks; None = there are no trunks.
         self._bookmark_at: float | None = None
+        # The trunks that are still to be examined, the number of parts in all, and the oldest proof found so far.
+        self._to_look: list[Trunk] = []
+        self._parts = 1
+        self._oldest = 0.0
 
     # who waits
 
@@ -143,16 +150,24 @@ class Progress:
             self._requests.retry()
 
     def _look_at_bookmarks(self) -> None:
+        """Examine some trunks, so that each is examined _LOOKS times within bookmark_s."""
         state = self._state
-        if not state.trunks:
-            self._bookmark_at = None
-            state.stats.bookmark_age_s = 0.0
-            return
-        oldest = min(trunk.proven_at for trunk in state.trunks.values())
-        state.stats.bookmark_age_s = state.now - oldest
-        self._bookmark_at = state.now + state.limits.bookmark_s / _LOOKS
+        if not self._to_look:
+            if not state.trunks:
+                self._bookmark_at = None
+                state.stats.bookmark_age_s = 0.0
+                return
+            self._to_look = list(state.trunks.values())
+            self._parts = -(-len(self._to_look) // TRUNKS_PER_LOOK_MAX)
+            self._oldest = state.now
+        part = [trunk for trunk in self._to_look[-TRUNKS_PER_LOOK_MAX:] if not trunk.upstream.closed]
+        del self._to_look[-TRUNKS_PER_LOOK_MAX:]
+        self._bookmark_at = state.now + state.limits.bookmark_s / _LOOKS / self._parts
+        self._oldest = min((trunk.proven_at for trunk in part if trunk.proven_at < self._oldest), default=self._oldest)
+        if not self._to_look:
+            state.stats.bookmark_age_s = state.now - self._oldest
         if state.ordered_progress:
             old = state.now - state.limits.bookmark_s / 2
-            quiet = [trunk.upstream for trunk in state.trunks.values() if trunk.proven_at <= old]
+            quiet = [trunk.upstream for trunk in part if trunk.proven_at <= old]
             if quiet:
                 self._requests.want(*quiet)

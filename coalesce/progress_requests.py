@@ -13,6 +13,7 @@ asked for their revision only; proofs are events and progress notifies, and answ
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 
 from coalesce.effects import RequestProgress
 from coalesce.model import Backfill, Session, Upstream
@@ -21,6 +22,8 @@ from coalesce.waiting import ProgressWaiters
 
 # Maximum streams that one request asks, since the message and the answer of each are separate work.
 STREAMS_PER_REQUEST_MAX = 256
+# Maximum upstream watches that one request asks for other reasons than waiting sessions: 1 us of CPU for each.
+UPSTREAMS_PER_REQUEST_MAX = 10_000
 # Maximum watches of waiting sessions that are examined for one request.
 _LOOKED_AT_MAX = 20_000
 
@@ -199,11 +202,18 @@ class ProgressRequests:
     def _choose_also(self, request: _Request, streams_max: int) -> None:
         request.allow(streams_max)
         serial = self._state.progress_serial + 1
-        for upstream in tuple(self._state.to_ask):
-            if request.take(upstream, serial):
-                del self._state.to_ask[upstream]
+        to_ask = self._state.to_ask
+        room = max(0, UPSTREAMS_PER_REQUEST_MAX - len(request.chosen))
+        others = len(to_ask) > room
+        for upstream in tuple(islice(to_ask, room)):
+            taken = request.take(upstream, serial)
             if request.full:
                 return
+            del to_ask[upstream]
+            if not taken:
+                # Behind the others: its answer is outstanding.
+                to_ask[upstream] = None
+        request.full = others
 
     def _choose_for_sessions(self, request: _Request, again: bool) -> None:
         sessions = self._waiters.sessions if again else self._unasked

@@ -234,7 +234,22 @@ def test_quiet_trunks_renew_their_bookmarks(busy: bool) -> None:
     assert len(shell.asked) == asked + 1
 
 
-def test_the_age_of_the_oldest_bookmark_is_measured() -> None:
+def test_many_quiet_trunks_are_examined_and_asked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coalesce.progress.TRUNKS_PER_LOOK_MAX", 3)
+    monkeypatch.setattr("coalesce.progress_requests.UPSTREAMS_PER_REQUEST_MAX", 2)
+    shell = Shell(CoreLimits(bookmark_s=40, progress_retry_s=1000, progress_retry_s_max=1000))
+    client = shell.client()
+    trunks = [shell.trunk(5, client, key=b"%d" % number) for number in range(10)]
+    for _ in range(400):
+        shell.wait(0.1)
+    assert [len(asked) for asked in shell.asked] == [2, 1, 2, 1, 2, 1, 1]
+    assert {upstream for asked in shell.asked for upstream in asked} == set(trunks)
+    assert shell.core.stats.bookmark_age_s >= 30
+
+
+@pytest.mark.parametrize("at_once", [1, 10_000], ids=["in parts", "at once"])
+def test_the_age_of_the_oldest_bookmark_is_measured(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr("coalesce.progress.TRUNKS_PER_LOOK_MAX", at_once)
     shell = Shell(CoreLimits(bookmark_s=30))
     client = shell.client()
     trunk = shell.trunk(5, client)

@@ -34,7 +34,9 @@ SMALL: dict[tuple[str, str], tuple[int, ...]] = {
     ("coalesce.moving", "EXAMINED_MAX"): _FEW,
     ("coalesce.notifying", "WATCHES_PER_STEP"): _FEW,
     ("coalesce.progress", "PUT_AHEAD_MAX"): _FEW,
+    ("coalesce.progress", "TRUNKS_PER_LOOK_MAX"): _FEW,
     ("coalesce.progress_requests", "STREAMS_PER_REQUEST_MAX"): _SOME,
+    ("coalesce.progress_requests", "UPSTREAMS_PER_REQUEST_MAX"): _FEW,
     ("coalesce.progress_requests", "_LOOKED_AT_MAX"): _FEW,
     ("coalesce.replay", "_REMEMBERED_MAX"): _FEW,
     ("coalesce.waiting", "_TARGETS_MAX"): _FEW,
@@ -48,6 +50,7 @@ SMALL: dict[tuple[str, str], tuple[int, ...]] = {
     ("proxy.auth.restore", "TRIED_AT_ONCE"): _FEW,
     ("upstream.watching.stream", "_PASSED_MAX"): _FEW,
     ("upstream.watching.streams", "LARGE_CREATE_BYTES"): _FEW,
+    ("upstream.watching.streams", "WATCHES_PER_STREAM_MAX"): _FEW,
 }
 """The values of each constant, by module and name."""
 

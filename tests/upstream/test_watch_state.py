@@ -50,6 +50,25 @@ def test_a_watch_from_now_lives(state: WatchState) -> None:
     assert len(state) == 0
 
 
+def test_a_stream_carries_a_bounded_number_of_watches(state: WatchState, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upstream.watching.streams.WATCHES_PER_STREAM_MAX", 2)
+    watches = [Opened(b"%d" % number) for number in range(5)]
+    live(state, *watches)
+    streams = [stream_of(state, watch) for watch in watches]
+    assert [streams.index(stream) for stream in streams] == [0, 0, 2, 2, 4]
+    # An answer to a progress request is about the watches of its stream only, so it is a bounded step.
+    assert len(state.request_progress(1)) == 3
+    assert in_words(state.received(streams[2], answer(-1, 10))) == ["2 3 complete through 10, after 1"]
+    # A stream with room again takes watches, and one without watches is closed.
+    state.close(watches[0])
+    later = Opened(b"later"), Opened(b"last"), Opened(b"new")
+    for watch in later:
+        state.open(watch)
+    assert [streams.index(stream_of(state, watch)) for watch in later[:2]] == [4, 0]
+    assert stream_of(state, later[2]) not in streams
+    assert "close stream" in in_words(state.close(later[2]))
+
+
 def test_watches_opened_before_the_connection_register_with_it() -> None:
     state = WatchState()
     a, b = Opened(b"a"), Opened(b"b", start_revision=5, prev_kv=True)
