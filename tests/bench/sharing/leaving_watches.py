@@ -121,27 +121,31 @@ async def leaving(etcd: EtcdServer, place: str, way: str) -> Turns:
     await proxy.start()
     command = [sys.executable, "-m", "tests.bench.sharing.leaving_watches", "stay", place, way, str(proxy.port)]
     client = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
-    assert client.stdout is not None
-    assert await client.stdout.readline() == b"there\n"
-    stats = proxy.engine.core.stats
-    assert stats.watches == WATCHES
-    if PLACES[place].stalled:
-        etcd.ctl("put", "k", "v" * 4000)
-        await until_async(lambda: stats.lagging > WATCHES // 2, "the watches to lag", 60)
-    tune_gc()
-    turns = Turns()
-    turns.start()
-    if way == WAYS[0]:
-        client.kill()
-    else:
-        client.send_signal(signal.SIGUSR1)
-    await until_async(lambda: not stats.watches and not stats.trunks, "all to be removed", 120)
-    turns.stop()
-    if way != WAYS[0]:
-        client.kill()
-    await client.wait()
-    await proxy.stop()
-    return turns
+    try:
+        assert client.stdout is not None
+        assert await client.stdout.readline() == b"there\n"
+        stats = proxy.engine.core.stats
+        assert stats.watches == WATCHES
+        if PLACES[place].stalled:
+            # The first event waits for the client to read; the second one is missed.
+            for _ in range(2):
+                etcd.ctl("put", "k", "v" * 4000)
+            await until_async(lambda: stats.lagging > WATCHES // 2, "the watches to lag", 60)
+        tune_gc()
+        turns = Turns()
+        turns.start()
+        if way == WAYS[0]:
+            client.kill()
+        else:
+            client.send_signal(signal.SIGUSR1)
+        await until_async(lambda: not stats.watches and not stats.trunks, "all to be removed", 120)
+        turns.stop()
+        return turns
+    finally:
+        if client.returncode is None:
+            client.kill()
+        await client.wait()
+        await proxy.stop()
 
 
 def left(place: str, front: Front) -> Figures:
