@@ -324,10 +324,11 @@ class Coalescer:
         self._begin(now)
         self._admission.expire()
         self._cancellation.expire()
+        # First, so that nothing is delivered to a session that ends in this input.
+        self._cancellation.too_far_behind()
         self._moving.expire()
         self._trunks.expire()
         self._state.ledger.expire(self._state.now)
-        self._cancellation.too_far_behind()
         self._runs.expire()
         self._notifying.expire()
         self._progress.expire()

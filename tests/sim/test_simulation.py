@@ -51,6 +51,12 @@ def test_no_failure_is_found_in_many_seeds(first: int) -> None:
     assert not found, report(shrink(found[0]))
 
 
+def test_nothing_is_delivered_to_a_session_that_has_just_ended() -> None:
+    """A fragment run was given up in the same input as a session that was behind for too long."""
+    outcome = run(70404)
+    assert not outcome.failure, report(outcome)
+
+
 @pytest.mark.parametrize("seed", [30301, 36683, 37598, 37662])
 def test_what_is_under_way_is_not_judged(seed: int) -> None:
     """Two ticks of etcd without time in between; a cover opened again at the very end, whose watches were to move."""
