@@ -49,6 +49,8 @@ async def grpc_watches(target: str, path: Path, policy: str) -> AsyncIterator[li
             streams.append(Stream(channel, records, seen, Habits(), lambda plan=plan: plan))  # type: ignore[misc]  # bound
             streams[-1].add()
         tasks = [asyncio.create_task(stream.run()) for stream in streams]
+        # One that is created after the last write would wait for an event in vain.
+        await until_async(lambda: all(stream.is_created for stream in streams), "all watches", 30)
         yield streams
         for task in tasks:
             task.cancel()

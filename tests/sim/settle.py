@@ -242,7 +242,7 @@ def _finish_moves(world: World, rng: random.Random) -> None:
 def _check_upstream(world: World) -> None:
     """Check that there is one upstream watch per cover or watched range, and nothing else."""
     ranges = {(watch.spec.key or b"\0", watch.spec.range_end) for watch in live_watches(world)}
-    # A cover that etcd has refused may have a twin, with or without prev_kv, that it serves.
+    # A cover that etcd has refused, or that was removed, may have a twin, with or without prev_kv, that it serves.
     state = world.core._state
     refused = set(map(span_of, state.covers.suspended))
     # While trunks_max trunks are open, watches stay on a cover that was removed.
@@ -257,7 +257,8 @@ def _check_upstream(world: World) -> None:
     if any(upstream.is_backfill for upstream in opened):
         raise SimulationFailure("a backfill is left open")
     served = all(spans.intersection(watched) for spans in allowed.values())
-    surplus = [span for span in watched if span not in refused]
+    twins = refused.union(map(span_of, removed))
+    surplus = [span for span in watched if span not in twins]
     if not served or len(set(surplus)) < len(surplus) or not set(surplus) <= set().union(*allowed.values()):
         raise SimulationFailure(f"upstream watches {watched}, wanted {allowed}")
 

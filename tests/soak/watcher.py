@@ -109,6 +109,11 @@ class Stream:
         self.watches.append(watch)
         return watch
 
+    @property
+    def is_created(self) -> bool:
+        """Whether every watch is created."""
+        return len(self._by_id) == len(self.watches)
+
     def has_all(self, revision: int) -> bool:
         """Whether every watch has events or progress through `revision`."""
         return all(watch.next_revision > revision for watch in self.watches)
