@@ -292,19 +292,7 @@ def _run(world: Worker, rng: random.Random, trace: Callable[[str], None] | None)
 
 def _finish(world: Worker, rng: random.Random) -> None:
     """Let both levels come to rest; nothing may be missing, and nothing may be left."""
-    for client in world.clients:
-        client.window = 1 << 30
-        if client.session is not None:
-            client.session.window = 1 << 30
-    settle.settle(world, rng, 1.0)
-    for client in world.clients:
-        if client.session is None:
-            world.connect_client(client)
-    highest = max((watch.next_revision or 0 for watch in world.watches), default=0)
-    for _ in range(max(1, highest - world.store.revision + 1)):
-        world.store.write([(key, b"last") for key in world.config.keys])
-    settle.settle(world, rng, 6.0)
-    settle.ask_all(world, rng)
+    settle.catch_up(world, rng)
     settle.check_answers(world)
     world.check()
     settle.check_guarantees(world)

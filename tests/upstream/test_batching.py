@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 import pytest
 
@@ -15,6 +14,7 @@ from tests.upstream.stories import Opened, request
 from tests.waiting import until_async
 from upstream.connection import ClientConnection
 from upstream.settings import HUB_BATCH_INTERVAL_S, ConnectionSettings, UpstreamSettings
+from upstream.watching.client import WatchClient
 
 BATCHED = UpstreamSettings(connection=ConnectionSettings(batch_interval_s=1.0))
 
@@ -33,11 +33,14 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-async def one_by_one(call: ScriptedCall, seen: Callable[[], list[int]], revisions: list[int]) -> None:
-    """Send events, each after the one before has arrived."""
-    for revision in revisions:
+async def followed(etcd: ScriptedEtcd, client: WatchClient, recorder: Recorder, watch: Opened) -> ScriptedCall:
+    """Open a watch, send an event and one that follows it, each passed on when it comes; return the call."""
+    await recorder.open(client, watch)
+    [call] = etcd.watches()
+    for revision in (20, 21):
         call.answer(0, revision, [revision])
-        await until_async(lambda: revision in seen(), "the event")  # noqa: B023 - awaited in the same pass
+        await until_async(lambda: revision in recorder.revisions(watch), "the event")  # noqa: B023 - awaited in this pass
+    return call
 
 
 async def unread(etcd: ScriptedEtcd) -> None:
@@ -51,11 +54,7 @@ async def test_a_burst_of_events_is_read_at_once_in_order(reads: list[int]) -> N
     async with scripted() as etcd:
         recorder, watch = Recorder(), Opened(b"a")
         async with watching(etcd.endpoint, recorder, BATCHED) as client:
-            client.open(watch)
-            await until_async(lambda: recorder.created(watch), "the watch")
-            [call] = etcd.watches()
-            # The first event, and one that follows it: each is passed on when it comes.
-            await one_by_one(call, lambda: recorder.revisions(watch), [20, 21])
+            call = await followed(etcd, client, recorder, watch)
             before = len(reads)
             for revision in range(22, 52):
                 call.answer(0, revision, [revision])
@@ -71,10 +70,7 @@ async def test_a_connection_that_ends_in_a_batch_loses_no_event() -> None:
     async with scripted() as etcd:
         recorder, watch = Recorder(), Opened(b"a")
         async with watching(etcd.endpoint, recorder, BATCHED) as client:
-            client.open(watch)
-            await until_async(lambda: recorder.created(watch), "the watch")
-            [call] = etcd.watches()
-            await one_by_one(call, lambda: recorder.revisions(watch), [20, 21])
+            call = await followed(etcd, client, recorder, watch)
             call.answer(0, 22, [22])
             await unread(etcd)
             etcd.revision = 30
