@@ -383,7 +383,7 @@ KEPT: Final = (
         "delivery plans of groups with at least 32 watches",
         "one per group (about 0.1 KiB per watch)",
         "a watch that joins or leaves the group",
-        "proxy/watch/test_engine.py::test_a_plan_ends_with_the_next_change_of_its_group",
+        "proxy/watch/test_delivery.py::test_a_plan_ends_with_the_next_change_of_its_group",
     ),
 )
 """What clients can make the proxy keep."""

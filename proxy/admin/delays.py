@@ -84,7 +84,7 @@ class DeliveryDelays:
 
     def __init__(self, listener: Listener, engine: Engine) -> None:
         self._histogram = Histogram()
-        self._stats = engine.stats
+        self._stats = engine.delivery.stats
         # Delays not yet in the histogram: code that each single event needs must be fetched into the CPU's cache again.
         self._unsorted: list[float] = []
         listener.on_flush = self._flushed

@@ -383,8 +383,9 @@ class SnapshotSource:
 
     def _read_engine(self, snapshot: Snapshot) -> None:
         stats, upstream = self._proxy.engine.stats, self._proxy.upstream
-        snapshot.delivered_bytes_total = stats.delivered_bytes
-        snapshot.coalesced_total = stats.coalesced
+        delivery = self._proxy.engine.delivery.stats
+        snapshot.delivered_bytes_total = delivery.delivered_bytes
+        snapshot.coalesced_total = delivery.coalesced
         snapshot.core_failures_total = stats.failures
         snapshot.upstream_paused_total = stats.upstream_paused
         snapshot.upstream_lost_total = stats.upstream_lost

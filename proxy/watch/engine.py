@@ -1,11 +1,9 @@
 """The engine: the only driver of the core.
 
 The core (`coalesce`) is a value: inputs go in, effects come back. The engine passes it the requests of clients (from
-`service`), the responses of etcd (from `upstream.watching.client`) and the time, and carries out the effects in order.
-Inputs never nest: an input that arises meanwhile waits in the inbox, so the core gets one at a time, without a lock.
-
-An event passes through `received`, `Coalescer.upstream_response`, one `Deliver` per variant and `_deliver`. In a large
-group the only code that runs once per watch and event is the loop in `SendSide.send_each`; the bytes are shared.
+`service`), the responses of etcd (from `upstream.watching.client`) and the time, and carries out the effects in order:
+those that write to clients by `delivery`. Inputs never nest: an input that arises meanwhile waits in the inbox, so the
+core gets one at a time, without a lock.
 """
 
 from __future__ import annotations
@@ -13,11 +11,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from coalesce.batch import Payload
 from coalesce.core import Coalescer
 from coalesce.effects import (
     CheckPermission,
@@ -36,22 +33,16 @@ from coalesce.effects import (
 from coalesce.ending import OTHER_HISTORY
 from coalesce.inputs import CreateRefusal, CreateRequest, Identity, UpstreamLost
 from coalesce.limits import CoreLimits
-from coalesce.model import PendingCreate, PendingRead, Session, Upstream, Watch
+from coalesce.model import PendingCreate, PendingRead, Session, Upstream
 from proto.framing import Status
 from proto.scan import Header, WatchResponse
 from proxy import logs
 from proxy.auth.model import Outcome, PermissionCheck
 from proxy.auth.queries import RevisionRead
 from proxy.auth.reads import AuthReader
-from proxy.watch.outlets import RUN_WATCHES_MIN, DeliveryPlan, Outlet, Output, on_distinct_connections, plan_of
+from proxy.watch.delivery import Delivery
+from proxy.watch.outlets import Outlet, Output
 from upstream.watching.stream import OpenedWatch
-
-BULKY_BYTES = 8 * 1024
-"""Payloads of at least this size are not copied for each stream."""
-
-TURN_BYTES = 1024 * 1024
-"""Each time this much has been queued, it may be written in the middle of a turn: one read from etcd may contain
-hundreds of events for thousands of watches, which would all be in memory before the first byte is written."""
 
 log = logs.logger("engine")
 
@@ -80,19 +71,6 @@ class UpstreamWatches(Protocol):
 class EngineStats:
     """Counts since the start, of events that only the engine sees."""
 
-    delivered: int = 0
-    """Payloads passed to streams."""
-
-    delivered_bytes: int = 0
-    coalesced: int = 0
-    """Payloads that etcd did not have to send, because it had already sent them for another stream."""
-
-    delivering_since: float = 0.0
-    """When the oldest event that waits for the end of this turn was received (time.perf_counter); 0: none waits. The
-    listener reads it there, so that delays are measured without reading the clock for each event."""
-
-    stalls: int = 0
-    upstream_opened: int = 0
     upstream_paused: int = 0
     """Times a backfill was paused because its clients could not keep up."""
 
@@ -106,9 +84,6 @@ class EngineStats:
     went_back: int = 0
     """Times the store was found to have another history than before."""
 
-    ended: int = 0
-    """Sessions ended by the core."""
-
     failures: int = 0
     """Times the core failed by a bug and was restarted."""
 
@@ -119,6 +94,7 @@ class Engine:
     def __init__(self, core: Coalescer, reader: AuthReader, output: Output) -> None:
         self.core = core
         self.stats = EngineStats()
+        self.delivery = delivery = Delivery(core, output)
         self.failed: Callable[[], None] | None = None
         """Ends every session, by `Outlet.end`, when the core has failed."""
 
@@ -134,19 +110,15 @@ class Engine:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._stopped = False
-        self._queued_bytes = 0
-        """Bytes delivered since the last write in the middle of a turn."""
-        self._received_at = 0.0
-        """When they were received (time.perf_counter), if delays are measured; otherwise 0."""
         reader.listener = self
         self._open: dict[Upstream, None] = {}
         self._cover_problems: dict[bytes, str] = {}
         """The newest problem that was logged, by cover."""
         self._carry_out: dict[type, Callable[[Any], None]] = {
-            Deliver: self._deliver,
-            Send: self._send,
+            Deliver: delivery.deliver,
+            Send: delivery.send,
             TakeRequests: lambda effect: effect.session.outlet.take_requests(),
-            EndSession: self._end_session,
+            EndSession: lambda effect: effect.session.outlet.end(effect.status, effect.text),
             OpenUpstream: self._open_upstream,
             CloseUpstream: self._close_upstream,
             PauseUpstream: self._pause_upstream,
@@ -230,11 +202,11 @@ class Engine:
         # brought only one is written at once.
         output = self._output
         if output.on_flush is not None:
-            self._received_at = time.perf_counter()
+            self.delivery.received_at = time.perf_counter()
         self._busy = True
         try:
             effects = self.core.upstream_response(watch, response, self._loop.time())
-            if len(effects) != 1 or output.corks or not self._deliver_alone(effects[0]):
+            if len(effects) != 1 or output.corks or not self.delivery.deliver_alone(effects[0]):
                 output.cork()
                 try:
                     for effect in effects:
@@ -247,7 +219,7 @@ class Engine:
             self._start_over()
         finally:
             self._busy = False
-            self._received_at = 0.0
+            self.delivery.received_at = 0.0
         if self.core.deadline_moved:
             self._arm()
 
@@ -339,7 +311,7 @@ class Engine:
         self.stats.failures += 1
         log.exception("core failed; ending all watch sessions and restarting the core")
         header = self.core.header
-        self.core = Coalescer(self.core.limits, self.core.ordered_progress)
+        self.core = self.delivery.core = Coalescer(self.core.limits, self.core.ordered_progress)
         if header is not None:
             self.core.header_seen(header)
         self._inbox.clear()
@@ -372,119 +344,6 @@ class Engine:
 
     # carrying out
 
-    def _deliver(self, effect: Deliver) -> None:
-        """Deliver one payload to its watches."""
-        payload, watches = effect.payload, effect.watches
-        count = len(watches)
-        plan = plan_of(watches) if count >= RUN_WATCHES_MIN else None
-        sent = self._deliver_each(payload, watches) if plan is None else self._deliver_planned(payload, plan)
-        stats = self.stats
-        stats.delivered += count
-        stats.coalesced += count - 1
-        stats.delivered_bytes += sent
-        if not stats.delivering_since:
-            stats.delivering_since = self._received_at
-        self._queued_bytes += sent
-        if self._queued_bytes >= TURN_BYTES:
-            self._queued_bytes = 0
-            self._output.flush()
-
-    def _deliver_alone(self, effect: Effect) -> bool:
-        """Deliver the only effect of a read, if it is a small payload for watches on different connections.
-
-        Nothing else is to be joined with it, so it is written at once, or queued where output already waits. Returns
-        False, having done nothing, for any other effect.
-        """
-        if type(effect) is not Deliver:
-            return False
-        payload, watches = effect.payload, effect.watches
-        count = len(watches)
-        if payload.size > BULKY_BYTES or not payload.event_count:
-            return False
-        if count > 1 and not on_distinct_connections(watches):
-            return False
-        watch_id = watches[0].watch_id
-        message = payload.message(watch_id)
-        if message is None:
-            return False
-        size = len(message)
-        stats = self.stats
-        stats.delivering_since = self._received_at
-        stats.coalesced += count - 1
-        for watch in watches:
-            outlet: Outlet = watch.outlet
-            if watch.watch_id != watch_id:
-                watch_id = watch.watch_id
-                message = payload.message(watch_id) or b""
-                size = len(message)
-            if not outlet.stalled and outlet.connection.write_now(outlet.stream, message, size):
-                stats.delivered += 1
-                stats.delivered_bytes += size
-            else:
-                self._deliver(Deliver(payload, (watch,)))
-        on_flush = self._output.on_flush
-        if on_flush is not None:
-            on_flush()
-        return True
-
-    def _deliver_each(self, payload: Payload, watches: Sequence[Watch]) -> int:
-        """Queue a payload for watches one by one; return the number of bytes."""
-        pieces_of = payload.pieces
-        sent = 0
-        size = 0
-        pieces: Sequence[bytes] = ()
-        watch_id: int | None = None
-        for watch in watches:
-            outlet: Outlet = watch.outlet
-            if outlet.stalled:
-                # The core moves no watch when a session stalls, but each one at the first event that it returns.
-                self.core.undelivered(watch, payload)
-                continue
-            connection = outlet.connection
-            if not connection.dirty:
-                connection.schedule_flush()
-            if watch.watch_id != watch_id:
-                # Most clients have one watch per stream, with the id 0: then this is done once.
-                watch_id = watch.watch_id
-                pieces = pieces_of(watch_id)
-                size = len(pieces[0]) if len(pieces) == 1 else sum(map(len, pieces))
-            sent += size
-            if size > BULKY_BYTES:
-                connection.bulky = True
-            if not connection.h2.send(outlet.stream, pieces, size):
-                outlet.stalled = True
-                self.stats.stalls += 1
-                self.core.stalled(watch.session)
-        return sent
-
-    def _deliver_planned(self, payload: Payload, plan: DeliveryPlan) -> int:
-        """Queue a payload connection by connection; the hot loop is inside `send_each`."""
-        sent = self._deliver_each(payload, plan.apart)
-        for run in plan.runs:
-            columns = payload.columns(run.ids)
-            size = len(columns[0][0]) if len(columns) == 1 else sum(len(column[0]) for column in columns)
-            connection = run.connection
-            if not connection.dirty:
-                connection.schedule_flush()
-            if size > BULKY_BYTES:
-                connection.bulky = True
-            left = connection.h2.send_each(run.together, columns, size)
-            sent += size * (len(run.watches) - len(left))
-            if left:
-                sent += self._deliver_each(payload, [run.watches[place] for place in left])
-        return sent
-
-    def _send(self, effect: Send) -> None:
-        outlet: Outlet = effect.session.outlet
-        if not outlet.send(effect.message) and not outlet.stalled:
-            outlet.stalled = True
-            self.stats.stalls += 1
-            self.core.stalled(effect.session)
-
-    def _end_session(self, effect: EndSession) -> None:
-        self.stats.ended += 1
-        effect.session.outlet.end(effect.status, effect.text)
-
     def end_session(self, session: Session, status: int, text: str) -> None:
         """End a session for a reason that the core does not know."""
         outlet: Outlet = session.outlet
@@ -492,7 +351,6 @@ class Engine:
         self.close(session)
 
     def _open_upstream(self, effect: OpenUpstream) -> None:
-        self.stats.upstream_opened += 1
         self._open[effect.upstream] = None
         self._client().open(effect.upstream)
 

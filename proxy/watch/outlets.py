@@ -1,4 +1,4 @@
-"""Where payloads leave the engine: the outlets of sessions, and groups of watches ordered by connection.
+"""Where payloads go: the outlets of sessions, and groups of watches ordered by connection.
 
 Work that depends only on the connection is done once per connection of a group, not once per watch.
 """
@@ -101,7 +101,7 @@ def plan_of(watches: Sequence[Watch]) -> DeliveryPlan | None:
         return None
     if plan is _DELIVERED_ONCE:
         plan = watches.shell = plan_delivery(watches)
-    assert isinstance(plan, DeliveryPlan), "the engine is the only one that sets it"
+    assert isinstance(plan, DeliveryPlan), "only this module sets it"
     return plan
 
 

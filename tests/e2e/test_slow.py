@@ -62,7 +62,7 @@ async def _stop_and_go(etcd: EtcdServer, *, socket: bool, history_bytes: int, pu
         for number in range(puts):
             last = await store.put(b"/p/%d" % (number % 7), b"%d" % number + value)
         await complete(quick, puts)
-        assert proxy.engine.stats.stalls >= 1
+        assert proxy.engine.core.stats.stalls >= 1
         if not socket:
             await complete(neighbour, puts)
         assert len(slow.values) < puts
@@ -73,7 +73,7 @@ async def _stop_and_go(etcd: EtcdServer, *, socket: bool, history_bytes: int, pu
         watches = [(stream, 0) for stream in (slow, neighbour, quick)]
         await assert_kept(watches, etcd.endpoint, PREFIX, PREFIX_END, last)
         backfills = proxy.engine.core.stats.joins_backfill
-        assert proxy.engine.stats.upstream_opened >= (1 if history_bytes > puts * len(value) else 2), backfills
+        assert proxy.engine.core.stats.upstreams_opened >= (1 if history_bytes > puts * len(value) else 2), backfills
 
 
 @pytest.mark.parametrize("socket", [False, True], ids=["window", "socket"])
@@ -105,7 +105,7 @@ async def test_a_large_event_without_a_window_repeats_no_output(etcd: EtcdServer
         await store.put(b"/held", b"x" * 100_000)
         await until_async(lambda: client.h2.inbound_flow_control_window == 0, "a used up window")
         await store.put(b"/large", b"x" * 100_000)
-        await until_async(lambda: proxy.engine.stats.stalls == 2, "the large event to wait")
+        await until_async(lambda: proxy.engine.core.stats.stalls == 2, "the large event to wait")
         held.raw.take()
         await until_async(lambda: len(large.values) == 1, "the large event")
         client.h2.increment_flow_control_window(WINDOW_BYTES_MAX - MIB)
@@ -119,7 +119,7 @@ async def test_a_large_event_without_a_window_repeats_no_output(etcd: EtcdServer
         for _ in range(100):
             last = await store.put(b"/p/k", b"x" * 7_000)
         await complete(quick, 101)
-        assert proxy.engine.stats.stalls > 2
+        assert proxy.engine.core.stats.stalls > 2
         client.transport.resume_reading()
         for stream in small:
             await complete(stream, 101)

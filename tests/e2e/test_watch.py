@@ -95,7 +95,7 @@ async def test_a_start_inside_the_window_costs_etcd_nothing(etcd: EtcdServer) ->
         revisions = [await store.put(b"/p/k", b"%d" % number) for number in range(20)]
         await until_async(lambda: len(first.values) == 20, "all events")
         base = etcd.watchers()
-        opened = proxy.engine.stats.upstream_opened
+        opened = proxy.engine.core.stats.upstreams_opened
         streams = []
         for number in range(20):
             stream = await client.open_watch(PREFIX, PREFIX_END, start_revision=revisions[number])
@@ -103,7 +103,7 @@ async def test_a_start_inside_the_window_costs_etcd_nothing(etcd: EtcdServer) ->
         for number, (stream, _) in enumerate(streams):
             await until_async(lambda s=stream, n=number: len(s.values) == 20 - n, "the replay")  # type: ignore[misc]
         assert etcd.watchers() == base
-        assert proxy.engine.stats.upstream_opened == opened
+        assert proxy.engine.core.stats.upstreams_opened == opened
         await assert_kept(streams, etcd.endpoint, PREFIX, PREFIX_END, revisions[-1])
 
 

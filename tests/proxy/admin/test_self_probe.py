@@ -72,7 +72,7 @@ async def test_an_idle_proxy_is_probed_without_any_upstream_watch(etcd: EtcdServ
         for _ in range(5):
             await probe(proxy)
         assert counts(proxy) == before
-        assert proxy.upstream.watch_count == proxy.engine.stats.upstream_opened == 0
+        assert proxy.upstream.watch_count == proxy.engine.core.stats.upstreams_opened == 0
         seen = SnapshotSource(proxy, "").take()
         assert seen.probes_total == seen.requests_total == seen.creates_total == seen.creates_refused_total == 5
         assert seen.sessions == 0, "an answered probe is closed at once"
