@@ -7,6 +7,7 @@ machine's packages nor its lists change.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import shutil
 import subprocess
 import tempfile
@@ -19,6 +20,15 @@ KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 class DebianMissing(RuntimeError):
     """A package could not be fetched; the text names the reason."""
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Create a folder if needed, and hold a lock on it that excludes the other workers of a test run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def archive() -> tuple[str, str]:

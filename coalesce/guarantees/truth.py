@@ -107,10 +107,6 @@ class Truth:
         """Return whether the value before this change is known (recordings may start in the middle)."""
         return (change.mod_revision, change.key) not in self._prev_unknown
 
-    def between(self, key: bytes, range_end: bytes, first: int, last: int) -> list[Change]:
-        """Return the changes in the range [key, range_end) with revisions from `first` to `last`, both inclusive."""
-        return _cut(self._view(WatchedRange(key, range_end, prev_kv=True)), first, last)
-
     def expected(self, asked: WatchedRange, first: int, last: int) -> list[Change]:
         """Return the changes that a watch must receive with revisions from `first` to `last`, both inclusive."""
         return _cut(self._view(asked), first, last)

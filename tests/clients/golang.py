@@ -7,14 +7,11 @@ build reads nothing else. Of the dependencies of golang-etcd-server-dev, only th
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -80,19 +77,10 @@ def _compile() -> None:
         raise ClientMissing(f"clientv3 cannot be built: {(done.stderr or done.stdout).strip()[-1000:]}")
 
 
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Hold a lock that excludes the other workers of a test run."""
-    ROOT.mkdir(parents=True, exist_ok=True)
-    with (ROOT / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 @functools.cache
 def program() -> Path:
     """Return the path of the program, built from the current sources. Raises ClientMissing with the reason."""
-    with _alone():
+    with debian.alone(ROOT):
         newest = max(source.stat().st_mtime for source in SOURCES.glob("*.go"))
         if not PROGRAM.exists() or PROGRAM.stat().st_mtime < newest:
             _fetch()

@@ -31,6 +31,7 @@ from coalesce.guarantees.checkers import (
     header_safe,
     in_range,
 )
+from coalesce.guarantees.truth import WatchedRange
 
 
 def put(revision: int, key: bytes, value: bytes, created: int = 0, version: int = 1) -> Change:
@@ -279,7 +280,7 @@ def test_ranges_are_like_etcds(key: bytes, range_end: bytes, inside: list[bytes]
     assert all(in_range(each, key, range_end) for each in inside)
     assert not any(in_range(each, key, range_end) for each in outside)
     truth = Truth([put(number, each, b"") for number, each in enumerate([*inside, *outside], 2)])
-    assert [change.key for change in truth.between(key, range_end, 0, 99)] == inside
+    assert [change.key for change in truth.expected(WatchedRange(key, range_end), 0, 99)] == inside
 
 
 def test_the_truth_must_be_ordered() -> None:

@@ -6,8 +6,6 @@ closes a connection after 1,000 requests and allows 128 streams on it; HAProxy a
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
 import os
 import shutil
@@ -16,7 +14,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Final, Self
 
@@ -84,20 +81,11 @@ class FrontMissing(RuntimeError):
     """nginx or HAProxy is not available; the text says why."""
 
 
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Hold a lock that excludes the other workers of a test run."""
-    ROOT.mkdir(parents=True, exist_ok=True)
-    with (ROOT / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 @functools.cache
 def unpacked() -> Path:
     """Return the directory of both, after fetching them if missing. Raises FrontMissing."""
     target = ROOT / "debian"
-    with _alone():
+    with debian.alone(ROOT):
         if not (ROOT / "complete").exists():
             shutil.rmtree(target, ignore_errors=True)
             try:
