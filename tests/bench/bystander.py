@@ -1,7 +1,9 @@
 """A bystander: one watch of its own key, written 20 times a second, while others put load on the target.
 
-Arguments: the port of the target, the endpoint of etcd. For each line on standard input it prints the largest delay
-since the last one, in milliseconds; an event that has not arrived counts with its age.
+It has the same watch at etcd, to show how much of a delay is that of the put and of the machine. Arguments: the port of
+the target, the endpoint of etcd. For each line on standard input it prints the largest delay since the last one at the
+target and at etcd, in milliseconds. A delay ends when the event is in the bystander's socket, by the kernel, so that
+the time until this process reads it does not count; an event that has not arrived counts with its age.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import time
 import uvloop
 
 from proto.pb import rpc_pb2
+from tests.bench.arrivals import Arrivals
 from tests.bench.caller import PUT, connect, stamped
 from tests.bench.load import WATCH
 from tests.bench.profiles import DATA, HEADERS, GrpcGo, frame
@@ -26,12 +29,25 @@ EVERY_S = 0.05
 class Watcher(RawClient):
     """The watch, and the delays of its events."""
 
-    def __init__(self) -> None:
+    def __init__(self, arrivals: Arrivals, written: list[int]) -> None:
+        """`written`: when each put was made."""
         super().__init__(GrpcGo())
+        self.arrivals = arrivals
+        self.arrived_ns = 0
+        """When what is read now arrived."""
         self.received = 0
         self.latest_ns = 0
-        self.written: list[int] = []
-        """When each put was made."""
+        self.written = written
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.arrivals.read(self.transport, self.take)
+
+    def take(self, data: bytes, arrived_ns: int, now: int) -> None:
+        """Read what arrived at that time."""
+        del now
+        self.arrived_ns = arrived_ns
+        self.data_received(data)
 
     def open(self, authority: str) -> None:
         """Open the watch."""
@@ -42,12 +58,11 @@ class Watcher(RawClient):
 
     def on_frame(self, kind: int, flags: int, stream: int, data: bytes, start: int, end: int) -> None:
         del flags, stream
-        now = time.monotonic_ns()
         at = data.find(MARKER, start, end)
         while kind == DATA and at >= 0:
             begin = at + len(MARKER)
             self.received += 1
-            self.latest_ns = max(self.latest_ns, now - int(data[begin : begin + STAMP_DIGITS]))
+            self.latest_ns = max(self.latest_ns, self.arrived_ns - int(data[begin : begin + STAMP_DIGITS]))
             at = data.find(MARKER, begin, end)
 
     def latest_ms(self) -> float:
@@ -63,21 +78,26 @@ async def run(port: int, endpoint: str) -> None:
     loop = asyncio.get_running_loop()
     host, _, etcd_port = endpoint.rpartition(":")
     putter = await connect(host, int(etcd_port))
-    _, watcher = await loop.create_connection(Watcher, HOST, port)
-    watcher.open(f"{HOST}:{port}")
+    arrivals = Arrivals()
+    written: list[int] = []
+    watchers = []
+    for to_host, to_port in ((HOST, port), (host, int(etcd_port))):
+        _, watcher = await loop.create_connection(lambda: Watcher(arrivals, written), to_host, to_port)
+        watcher.open(f"{to_host}:{to_port}")
+        watchers.append(watcher)
     orders = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin)
 
     async def write() -> None:
         await asyncio.sleep(1)
         while True:
-            watcher.written.append(time.monotonic_ns())
+            written.append(time.monotonic_ns())
             putter.call(PUT, rpc_pb2.PutRequest(key=KEY, value=stamped(64)).SerializeToString())
             await asyncio.sleep(EVERY_S)
 
     writing = loop.create_task(write())
     while await orders.readline():
-        sys.stdout.write(f"{watcher.latest_ms()}\n")
+        sys.stdout.write(" ".join(str(watcher.latest_ms()) for watcher in watchers) + "\n")
         sys.stdout.flush()
     writing.cancel()
 

@@ -53,10 +53,11 @@ class Bystander(_Child):
     def __init__(self, target: Target, endpoint: str) -> None:
         super().__init__([PYTHON, "-m", "tests.bench.bystander", str(target.port), endpoint])
 
-    def latest_ms(self) -> float:
-        """Return the largest delay of its events since the last call."""
+    def latest_ms(self) -> tuple[float, float]:
+        """Return the largest delay of its events since the last call: at the target, and at etcd."""
         self.go()
-        return float(self.line())
+        at_target, at_etcd = map(float, self.line().split())
+        return at_target, at_etcd
 
 
 class Load(_Child):
@@ -125,7 +126,7 @@ def measure(case: Case, target: Target, endpoint: str, files: Certificates) -> F
                 if bystander is not None:
                     figures["create_cpu_us"] = 1e6 * (before_s - created_s) / case.watch_count
                     figures["watch_kib"] = 1024 * (target.memory_mib() - figures["base_mib"]) / case.watch_count
-                    figures["late_create_ms"] = bystander.latest_ms()
+                    figures["late_create_ms"], figures["etcd_late_create_ms"] = bystander.latest_ms()
                 each_s = target.cpu_each_s()
                 if case.kind is Kind.FANOUT:
                     write(case, endpoint, case.behind, case.writes, case.rate)
@@ -134,7 +135,7 @@ def measure(case: Case, target: Target, endpoint: str, files: Certificates) -> F
             if len(each_s) > 2:
                 figures |= _by_process(case, [s - was for s, was in zip(target.cpu_each_s(), each_s, strict=True)])
         if bystander is not None:
-            figures["late_ms"] = bystander.latest_ms()
+            figures["late_ms"], figures["etcd_late_ms"] = bystander.latest_ms()
         figures["memory_mib"] = target.memory_mib()
         figures["pss_mib"] = target.pss_mib()
         figures["peak_mib"] = target.peak_mib()
