@@ -36,7 +36,7 @@ from coalesce.model import Backfill, PendingCreate, PendingRead, Session, Trunk,
 from coalesce.moving import CoverMover
 from coalesce.notifying import ProgressNotifier
 from coalesce.placement import Placement
-from coalesce.progress import PUT_AHEAD_MAX, Progress
+from coalesce.progress import Progress
 from coalesce.progress_requests import ProgressRequests
 from coalesce.replay import Replayer
 from coalesce.revision_reads import RevisionReads
@@ -382,8 +382,6 @@ class Coalescer:
         if state.queued:
             self._placement.fill_slots()
             self._replayer.postpone()
-        if state.put_ahead >= PUT_AHEAD_MAX:
-            self._progress.bring_up()
         # A new list, since the next input may come much later: ten thousand answers take some memory.
         effects, state.effects = state.effects, []
         return effects

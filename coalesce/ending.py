@@ -201,7 +201,7 @@ class Cancellation:
         for trunk in list(state.trunks.values()):
             for watch in list(trunk.watches):
                 # A watch of the future that received nothing yet may go on waiting.
-                fresh = watch.place is Place.AHEAD and watch.progress_floor >= watch.position
+                fresh = watch.is_early and watch.progress_floor >= watch.position
                 if not fresh or watch.position <= header.revision:
                     self._cancel_compacted(watch, header.revision, OTHER_HISTORY)
             self._restart(trunk, header.revision + 1)

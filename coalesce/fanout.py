@@ -1,9 +1,12 @@
 """The fan-out: a batch of a source goes to the watches that follow it, at a cost of O(1) per variant for the core.
 
-A watch in a group is *in step*: it needs exactly what the source needs next. So nothing is compared per watch: the
-batch goes to the whole group, as one cached tuple. A watch that needs nothing before a later revision waits *ahead* and
-joins its group when the source reaches that revision; if this happens inside a batch, the watch gets its own part of
-the batch.
+A watch in a group is *in step*: it needs what the source brings next. So nothing is compared per watch: the batch goes
+to the whole group, as one cached tuple.
+
+A watch that needs nothing before a later revision waits *ahead* and joins its group when the source reaches that
+revision; if this happens inside a batch, the watch gets its own part of the batch. But a watch that begins at "now" is
+put in step at once, although its source may not be proven so far: events before "now" nearly never follow. The group
+knows the highest position of its watches; if a batch begins below it, the watches concerned are put ahead then.
 """
 
 from __future__ import annotations
@@ -54,7 +57,9 @@ class Fanout:
         if len(batch.events) > 1 or len(source.groups) > 1:
             variants = Variants(batch.header, batch.events, state.limits.fragment_bytes, has_prev_kv)
         stats = state.stats
-        for group in source.groups.values():
+        for group in tuple(source.groups.values()):
+            if group.newest > first_revision:
+                self._hold_back(group, first_revision)
             count = len(group.members)
             if count:
                 variant = group.variant
@@ -87,6 +92,9 @@ class Fanout:
                 if branch.groups:
                     parts.setdefault(branch, []).append(event)
         for branch, part in parts.items():
+            for group in tuple(branch.groups.values()):
+                if group.newest > batch.first_revision:
+                    self._hold_back(group, batch.first_revision)
             variants = Variants(batch.header, part, self._state.limits.fragment_bytes, has_prev_kv)
             for group in branch.groups.values():
                 self._send(group, variants.payload(group.variant))
@@ -111,17 +119,31 @@ class Fanout:
 
     def add(self, watch: Watch) -> None:
         """Let an unplaced watch follow its source; its position is the source's next_revision or later."""
-        source = watch.source
+        source, position, header = watch.source, watch.position, self._state.header
         assert source is not None, "the watch has a source"
-        if watch.position <= source.next_revision:
+        if position <= source.next_revision:
             self._step(source, watch)
-            return
+        elif header is not None and position <= header.revision + 1:
+            group = self._step(source, watch)
+            if position > group.newest:
+                group.newest = position
+        else:
+            self._wait(source, watch)
+
+    def _wait(self, source: Source, watch: Watch) -> None:
+        """Put an unplaced watch ahead."""
         watch.place = Place.AHEAD
         if source.ahead is None:
             source.ahead = AheadWatches()
-            self._state.ahead[source] = None
         source.ahead.add(watch, watch.position)
-        self._state.put_ahead += 1
+
+    def _hold_back(self, group: Group, revision: int) -> None:
+        """Put the watches of a group ahead whose position is above `revision`, where the next batch begins."""
+        group.newest = 0
+        for watch in [watch for watch in group.members if watch.position > revision]:
+            assert watch.source is not None, "in step"
+            self.remove(watch)
+            self._wait(watch.source, watch)
 
     def remove(self, watch: Watch) -> None:
         """Remove a watch that is in step or ahead, and record its position."""
@@ -136,7 +158,7 @@ class Fanout:
         if not group.members and watch.branch is not None:
             del source.groups_of(watch)[watch.variant]
         watch.group = None
-        watch.position = source.next_revision
+        watch.position = max(watch.position, source.next_revision)
         watch.sent_revision = max(watch.sent_revision, group.sent_revision)
 
     def _deliver_parts(self, source: Source, batch: Batch) -> None:
@@ -178,9 +200,8 @@ class Fanout:
         """No watch is ahead any more, if the last one was taken."""
         if not source.ahead:
             source.ahead = None
-            del self._state.ahead[source]
 
-    def _step(self, source: Source, watch: Watch) -> None:
+    def _step(self, source: Source, watch: Watch) -> Group:
         groups = source.groups_of(watch)
         group = groups.get(watch.variant)
         if group is None:
@@ -188,3 +209,4 @@ class Fanout:
         group.add(watch)
         watch.group = group
         watch.place = Place.IN_STEP
+        return group

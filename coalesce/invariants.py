@@ -4,7 +4,8 @@
     trunk, and the trunk is that of its range. An id that waits for its cancel after a compaction is not a watch's id.
  2. A watch is in exactly one place: in a group of its source, ahead of its source, in its session's `lagging`,
     or queued for a backfill. The others hold no such watch.
- 3. A watch in step needs exactly what its source needs next; one ahead needs something later.
+ 3. A watch in step needs what its source needs next, or begins later, at its group's `newest` at most; one ahead
+    begins later.
  4. A group holds watches of its variant only; a watch that wants prev_kv follows only a source that has it.
  5. A watch comes through its trunk, unless that is still to start at "now", or a backfill of its trunk; the backfill
     knows it.
@@ -199,10 +200,11 @@ def _check_source(state: CoreState, source: Source) -> None:
         _need(4, group.variant == variant, "a group in the wrong place")
         for watch in group.members:
             _need(2, watch.group is group and watch.source is source and watch.place is Place.IN_STEP, watch)
-            _need(3, watch.next_revision == source.next_revision, watch)
+            _need(3, watch.next_revision == max(source.next_revision, watch.position), watch)
+            _need(3, watch.position <= max(source.next_revision, group.newest), watch)
         _need(2, tuple(group.members) == group.listed(), "the list of a group is stale")
     ahead = source.ahead
-    _need(2, (ahead is not None) == (source in state.ahead) == bool(ahead), "the sources with watches ahead")
+    _need(2, (ahead is not None) == bool(ahead), "no watch is ahead")
     for position, alike in {}.items() if ahead is None else ahead.by_position.items():
         _need(2, bool(alike) and ahead is not None and position >= ahead.first, "a position without watches")
         for watch in alike:

@@ -28,7 +28,6 @@ from coalesce.ending import Cancellation
 from coalesce.inputs import NO_WATCH_ID, CreateRefusal, CreateRequest, Granted
 from coalesce.model import LISTED_MAX, Pending, PendingCreate, PendingRead, Session, Trunk, Watch
 from coalesce.pending import PendingCancel, PendingProgress
-from coalesce.place import Place
 from coalesce.placement import Placement
 from coalesce.progress import Progress
 from coalesce.revision_reads import RevisionReads
@@ -326,10 +325,10 @@ class Admission:
 
     def _count(self, watch: Watch) -> None:
         stats = self._state.stats
-        if watch.follows_trunk:
-            stats.joins_live += 1
-        elif watch.place is Place.AHEAD and watch.source is watch.trunk:
+        if watch.is_early and watch.source is watch.trunk:
             stats.joins_future += 1
+        elif watch.follows_trunk:
+            stats.joins_live += 1
         elif watch.source is watch.trunk:
             stats.joins_history += 1
         else:

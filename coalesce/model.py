@@ -70,7 +70,7 @@ class Watch:
         self.source: Source | None = None
         # Its group while IN_STEP, else None.
         self.group: Group | None = None
-        # The first revision still needed, while not IN_STEP.
+        # The first revision still needed; IN_STEP: unless its source is beyond it.
         self.position = position
         # One object for all three: with millions of watches, the numbers take a third of their memory.
         before = position - 1
@@ -84,9 +84,16 @@ class Watch:
     @property
     def next_revision(self) -> int:
         """The first revision still needed."""
-        if self.group is not None and self.source is not None:
+        if self.group is not None and self.source is not None and self.source.next_revision > self.position:
             return self.source.next_revision
         return self.position
+
+    @property
+    def is_early(self) -> bool:
+        """It follows a source that has not reached its position: it needs nothing of what comes before."""
+        return self.place is Place.AHEAD or (
+            self.group is not None and self.source is not None and self.position > self.source.next_revision
+        )
 
     @property
     def last_sent_revision(self) -> int:
@@ -124,7 +131,7 @@ class GroupWatches(tuple[Watch, ...]):
 class Group:
     """The watches of a source that are in step and of one variant."""
 
-    __slots__ = ("_listed", "members", "sent_revision", "variant")
+    __slots__ = ("_listed", "members", "newest", "sent_revision", "variant")
 
     def __init__(self, variant: int) -> None:
         self.variant = variant
@@ -132,6 +139,8 @@ class Group:
         self._listed: GroupWatches | None = None
         # Revision of the last event sent to the group.
         self.sent_revision = 0
+        # No watch has a higher position, unless the source is beyond it.
+        self.newest = 0
 
     def add(self, watch: Watch) -> None:
         """Add a watch."""

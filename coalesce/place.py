@@ -8,7 +8,7 @@ from enum import Enum
 class Place(Enum):
     """Where a watch is; exactly one of these applies."""
 
-    # In a group of its source: needs exactly what the source needs next, and gets each batch as it arrives.
+    # In a group of its source: gets each batch as it arrives, if the batch does not begin below its position.
     IN_STEP = "in step"
     # In its source's heap: needs nothing before its position, which the source has not reached.
     AHEAD = "ahead"

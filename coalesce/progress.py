@@ -23,7 +23,6 @@ does. Of several waiting requests, all but the first and the last are merged.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 
 from coalesce.model import Session, Trunk, Watch
 from coalesce.notifying import ProgressNotifier
@@ -34,10 +33,6 @@ from proto.scan import Header
 
 # How many times within bookmark_s old bookmarks are looked for: etcd may drop one or two requests.
 _LOOKS = 4
-
-PUT_AHEAD_MAX = 10_000
-"""Watches that may be put ahead of their trunks until progress is requested, which puts them in step: 0.5 us of CPU for
-each, in one step. Also the maximum trunks that are asked then."""
 
 TRUNKS_PER_LOOK_MAX = 10_000
 """Maximum trunks that are examined for old bookmarks in one step: 0.1 us of CPU for each."""
@@ -86,17 +81,6 @@ class Progress:
         """Remove a session's requests."""
         self._waiters.forget(session)
         self._requests.forget(session)
-
-    def bring_up(self) -> None:
-        """Request the progress of trunks with watches ahead, so that those of quiet ones are put in step."""
-        state = self._state
-        state.put_ahead = 0
-        if state.ordered_progress:
-            sources = list(islice(state.ahead, PUT_AHEAD_MAX))
-            for source in sources:
-                # Behind the others: next time they come first.
-                state.ahead[source] = state.ahead.pop(source)
-            self._requests.want(*(source.upstream for source in sources if source.trunk is source))
 
     def other_history(self) -> None:
         """Discard the freshness targets: the store's history was replaced."""

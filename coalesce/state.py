@@ -32,7 +32,6 @@ class CoreState:
     """The shared state of one Coalescer."""
 
     __slots__ = (
-        "ahead",
         "backfills",
         "compact_revision",
         "covers",
@@ -49,7 +48,6 @@ class CoreState:
         "ordered_progress",
         "parked",
         "progress_serial",
-        "put_ahead",
         "queued",
         "runs",
         "sessions",
@@ -122,10 +120,6 @@ class CoreState:
         self.to_replay_later: dict[Session, int | None] = {}
         # Upstream watches to be asked for progress, besides those of sessions that wait.
         self.to_ask: dict[Upstream, None] = {}
-        # Sources with watches ahead.
-        self.ahead: dict[Source, None] = {}
-        # Watches that were put ahead since the last request for progress, which puts them in step.
-        self.put_ahead = 0
 
     def new_history(self, floor: int, has_prev_kv: bool) -> History:
         """Return an empty history that begins at `floor`."""

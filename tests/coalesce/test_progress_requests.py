@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from coalesce import CoreLimits, Session
-from coalesce.place import Place
 from coalesce.progress_requests import STREAMS_PER_REQUEST_MAX
 from coalesce.waiting import FreshnessTargets, ProgressWaiters
 from tests.coalesce.shell import Client, Shell, put
@@ -286,35 +285,3 @@ def test_without_trunks_there_is_no_deadline(shell: Shell, client: Client) -> No
     shell.wait(60)
     assert shell.core.next_deadline() is None
     assert shell.core.stats.trunks == 0
-
-
-def test_many_watches_ahead_are_put_in_step_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coalesce.core.PUT_AHEAD_MAX", 3)
-    shell = Shell()
-    client = shell.client()
-    trunk = shell.trunk(5, client)
-    shell.trunk(5, client, key=b"l")
-    # The range is quiet, and other keys were written: "now" is above what the trunk is known to be complete through.
-    for _ in range(3):
-        assert not shell.asked
-        client.create()
-        shell.read_now(9)
-    # Only of the trunk that has watches ahead.
-    assert shell.asked == [(trunk,)]
-    shell.progressed(9)
-    assert [watch.place for watch in client.session.watches.values()] == [Place.IN_STEP] * 5
-    shell.wait(0.2)
-    assert len(shell.asked) == 1
-
-
-def test_few_trunks_at_a_time_are_asked_for_watches_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coalesce.core.PUT_AHEAD_MAX", 3)
-    monkeypatch.setattr("coalesce.progress.PUT_AHEAD_MAX", 2)
-    shell = Shell()
-    client = shell.client()
-    trunks = [shell.trunk(5, client, key=key) for key in (b"a", b"b", b"c")]
-    for key in (b"a", b"b", b"c") * 2:
-        client.create(key, start=20)
-        shell.wait(0.1)
-    # The second request begins with the trunk that the first one left out.
-    assert [set(asked) for asked in shell.asked[:2]] == [{trunks[0], trunks[1]}, {trunks[2], trunks[0]}]

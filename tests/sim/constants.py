@@ -33,7 +33,6 @@ SMALL: dict[tuple[str, str], tuple[int, ...]] = {
     ("coalesce.model", "LISTED_MAX"): _FEW,
     ("coalesce.moving", "EXAMINED_MAX"): _FEW,
     ("coalesce.notifying", "WATCHES_PER_STEP"): _FEW,
-    ("coalesce.progress", "PUT_AHEAD_MAX"): _FEW,
     ("coalesce.progress", "TRUNKS_PER_LOOK_MAX"): _FEW,
     ("coalesce.progress_requests", "STREAMS_PER_REQUEST_MAX"): _SOME,
     ("coalesce.progress_requests", "UPSTREAMS_PER_REQUEST_MAX"): _FEW,

@@ -25,6 +25,18 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
         "self._meet(source, first_revision)",
         "self._meet(source, batch.last_revision)",
     ),
+    Mutant(
+        "a watch from now gets what came before it",
+        "fanout",
+        "            if group.newest > first_revision:",
+        "            if False:",
+    ),
+    Mutant(
+        "a watch from now that leaves its group forgets where it begins",
+        "fanout",
+        "watch.position = max(watch.position, source.next_revision)",
+        "watch.position = source.next_revision",
+    ),
     # Histories and replays.
     Mutant(
         "a replay begins one batch too late",

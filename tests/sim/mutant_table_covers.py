@@ -24,6 +24,12 @@ COVER_MUTANTS: tuple[Mutant, ...] = (
         "if source.is_cover and watch.branch is not None:",
         "if False:",
     ),
+    Mutant(
+        "a watch from now below a cover gets what came before it",
+        "fanout",
+        "if group.newest > batch.first_revision:",
+        "if False:",
+    ),
     Mutant("a replay of a prefix is not filtered", "cover", "limits, branch.span)", "limits)"),
     Mutant(
         "replays of different ranges share a result", "replay", "key = (source, watch.branch,", "key = (source, None,"

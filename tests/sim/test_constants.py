@@ -7,7 +7,7 @@ import random
 from dataclasses import fields
 from pathlib import Path
 
-from coalesce import CoreLimits, progress
+from coalesce import CoreLimits, model
 from tests.sim.config import make_config
 from tests.sim.constants import SMALL, namespaces, replaced
 from tests.sim.mutant_table import MUTANTS
@@ -59,14 +59,14 @@ def test_a_quarter_of_the_seeds_has_small_constants() -> None:
 
 
 def test_constants_are_replaced_only_during_a_run() -> None:
-    mutant = load(next(mutant for mutant in MUTANTS if mutant.full_module == "coalesce.progress"))
-    where = ("coalesce.progress", "PUT_AHEAD_MAX")
-    before = progress.PUT_AHEAD_MAX
+    mutant = load(next(mutant for mutant in MUTANTS if mutant.full_module == "coalesce.model"))
+    where = ("coalesce.model", "LISTED_MAX")
+    before = model.LISTED_MAX
     for parts in (REAL, mutant):
-        bound = [each for each in namespaces(parts) if "PUT_AHEAD_MAX" in each]
+        bound = [each for each in namespaces(parts) if "LISTED_MAX" in each]
         # Its own module, and the one that imports it.
         assert len(bound) == 2
         with replaced(parts, {where: 2}):
-            assert [each["PUT_AHEAD_MAX"] for each in bound] == [2, 2]
-            assert (before == progress.PUT_AHEAD_MAX) == (parts is not REAL)
-        assert [each["PUT_AHEAD_MAX"] for each in bound] == [before, before]
+            assert [each["LISTED_MAX"] for each in bound] == [2, 2]
+            assert (before == model.LISTED_MAX) == (parts is not REAL)
+        assert [each["LISTED_MAX"] for each in bound] == [before, before]
