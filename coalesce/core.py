@@ -328,10 +328,11 @@ class Coalescer:
         self._cancellation.too_far_behind()
         self._moving.expire()
         self._trunks.expire()
-        self._state.ledger.expire(self._state.now)
         self._runs.expire()
         self._notifying.expire()
         self._progress.expire()
+        # After the answers to progress requests: events that are evicted may have to be delivered first, see `runs`.
+        self._state.ledger.expire(self._state.now)
         self._placement.expire()
         self._replayer.expire()
         return self._finish()

@@ -107,7 +107,7 @@ class Admission:
             elif outcome is not None:
                 self._state.observe_header(outcome)
             create.checked = True
-            if len(create.range_end) and create.range_end != b"\x00" and create.key >= create.range_end:
+            if create.has_empty_range:
                 create.refusal = EMPTY_RANGE
         if create.refusal is None:
             self._prepare(create)
@@ -228,10 +228,10 @@ class Admission:
     def _refused(self, create: PendingCreate) -> None:
         """Request what a refusal needs: its answer has a header, so one must be known.
 
-        That of an empty range at "now" is read after the create arrived, as a watch's would be: another proxy asks for
-        etcd's revision by such creates (`upstream/watching/proof.py`).
+        That of an empty range at "now" is read after the create arrived, as a watch's would be, even if the permission
+        is missing too: another proxy asks for etcd's revision by such creates (`upstream/watching/proof.py`).
         """
-        is_probe = create.refusal == EMPTY_RANGE and create.request.start_revision is None and create.header is None
+        is_probe = create.has_empty_range and create.request.start_revision is None and create.header is None
         if self._state.header is None or is_probe:
             self._reads.read(create)
 
@@ -241,7 +241,7 @@ class Admission:
         if create.refusal is None and not create.checked:
             return False
         if create.refusal is not None:
-            if create.reading and (state.header is None or create.refusal == EMPTY_RANGE):
+            if create.reading and (state.header is None or create.has_empty_range):
                 return False
             self.refuse(create, create.refusal)
             return True

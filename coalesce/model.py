@@ -202,6 +202,11 @@ class PendingCreate:
         # The trunk it holds open until it joins.
         self.trunk: Trunk | None = None
 
+    @property
+    def has_empty_range(self) -> bool:
+        """Whether no key is in its range, so that etcd refuses it (api/v3rpc/watch.go)."""
+        return bool(self.range_end) and self.range_end != b"\x00" and self.key >= self.range_end
+
 
 @dataclass(slots=True, eq=False)
 class PendingRead:

@@ -181,6 +181,10 @@ class Queries:
         self._let_in.add(check)
         return self._auth_off[1]
 
+    def broken(self) -> None:
+        """The connection for the watches was lost: a new probe shows whether the store behind the next one is older."""
+        self._auth_off = None
+
     def connected(self) -> None:
         """There is a new connection for the watches; call `prove` until the store behind it is known."""
         self.rollback.connected()

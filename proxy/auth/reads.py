@@ -209,6 +209,10 @@ class AuthReader:
         self._answer_all()
         self.queries.other_history(header)
 
+    def broken(self) -> None:
+        """The connection for the watches was lost."""
+        self.queries.broken()
+
     def connected(self, watches: Iterable[Upstream]) -> None:
         """There is a new connection for the open watches (`watches` may change later)."""
         self.queries.connected()

@@ -262,6 +262,7 @@ class Engine:
 
     def broken(self) -> None:
         """The connection is lost; the watch client resumes by itself."""
+        self._reader.broken()
         self.stats.upstream_broken += 1
         if self.upstream_changed is not None:
             self.upstream_changed()

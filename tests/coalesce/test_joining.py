@@ -156,6 +156,19 @@ def test_the_refusal_of_an_empty_range_is_as_new_as_now(shell: Shell, client: Cl
     assert client.read() == [f"#-1 @9 created canceled ({EMPTY})", f"#-1 @9 created canceled ({EMPTY})"]
 
 
+def test_a_denied_empty_range_is_refused_as_new_as_now(shell: Shell, client: Client) -> None:
+    """The user of another proxy's stream may not be allowed to read the key that this proxy asks with."""
+    shell.trunk(5, client)
+    shell.auth = True
+    client.create(b"k", b"k")
+    shell.do(shell.core.permission, shell.checks.pop(), CreateRefusal("denied"))
+    client.create(b"k")
+    shell.do(shell.core.permission, shell.checks.pop(), CreateRefusal("denied"))
+    assert client.read() == []
+    shell.read_now(9)
+    assert client.read() == ["#-1 @9 created canceled (denied)"] * 2
+
+
 def test_limits_are_refused_with_a_clear_text() -> None:
     shell = Shell(CoreLimits(watches_per_session_max=2, watches_max=3, trunks_max=2))
     one, two = shell.client(), shell.client()

@@ -305,3 +305,27 @@ def test_a_watch_without_source_does_not_wait_for_the_run() -> None:
     shell.settle()
     assert len(shell.opened) == 3
     assert shell.opened[-1].start_revision in (60, 61)
+
+
+def test_no_progress_overtakes_pieces_that_age_out() -> None:
+    """The timer that evicts held-back events by age, and so sends them, may also answer a progress request."""
+    shell = Shell(CoreLimits(fragment_bytes=150, history_age_s=4.0))
+    client = shell.client()
+    trunk = shell.trunk(5, client, fragment=True)
+    client.create(start=6, fragment=True)
+    piece(shell, trunk, 6)
+    client.progress()
+    shell.probed(6)
+    for revision in range(7, 11):
+        shell.wait(0.9)
+        piece(shell, trunk, revision)
+    client.read()
+    client.room = 1
+    # The loop is late, so both are due.
+    shell.now += 0.95
+    shell.do(shell.core.expire)
+    client.drain()
+    shell.settle()
+    # The events for the other watch were returned, and are to be read from etcd again.
+    assert client.read() == whole(6, 7, 8, 9, 10)
+    assert shell.opened[-1].is_backfill

@@ -438,13 +438,30 @@ class UpstreamShell:
         link.receive(rng)
 
     def read(self, stream: WatchStream, rng: random.Random) -> None:
-        """Read one response, if there still is one; a large one comes in pieces that others may overtake."""
-        link = self._links.get(stream)
-        if link is None or not link.out or not self._is_read(stream):
+        """Read one response, or several, if there still are any; a large one comes in pieces that others overtake."""
+        feed = self._feeds.get(stream)
+        if feed is None:
             return
+        feed.feed(b"")
+        # Only in some worlds: the other ones stay as they were.
+        late = self._late if self.channel_max == 2 else None
+        responses = [self._read_one(stream, rng) for _ in range(1 if late is None else late.randint(1, 3))]
+        # The turn has lasted too long for some of them.
+        for response in feed.pass_on(
+            [response for response in responses if response is not None],
+            lambda each: late is not None and each.plain and late.random() < 0.2,
+        ):
+            if stream in self._links:
+                self._do(self.state.received(stream, response))
+
+    def _read_one(self, stream: WatchStream, rng: random.Random) -> WatchResponse | None:
+        """Read one response; None: it waits, or there is none."""
+        link, feed = self._links[stream], self._feeds[stream]
+        if not link.out or not self._is_read(stream):
+            return None
         if stream.paused:
             self._in_flight[stream] -= 1
-        response, feed = link.out.popleft(), self._feeds[stream]
+        response = link.out.popleft()
         dice = self._dice or rng
         count = len(response.events)
         if count > 1 and response.plain and dice.random() < 0.3:
@@ -453,12 +470,8 @@ class UpstreamShell:
             # The server's own response must not change.
             copy = WatchResponse(response.header, response.watch_id, events=list(response.events))
             feed.begin(Pieces(copy, sizes))
-        elif feed.passes(response):
-            if response.plain and self.channel_max == 2 and self._late.random() < 0.2:
-                # As if the turn had lasted too long. Only in some worlds: the other ones stay as they were.
-                feed.hold(response)
-            else:
-                self._do(self.state.received(stream, response))
+            return None
+        return response if not feed.waiting or feed.passes(response) else None
 
     def step(self, stream: WatchStream, _: random.Random | None = None) -> None:
         """Take the next piece of a large response, or the responses that waited for it."""

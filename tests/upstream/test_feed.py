@@ -100,9 +100,9 @@ def test_responses_of_other_watches_overtake_a_large_one() -> None:
 
 def test_a_response_held_back_is_overtaken_by_other_watches() -> None:
     feed = ResponseOrder(scan_watch_response, 1 << 30)
-    [held] = feed.feed(frame(message(1, [7])))
-    feed.hold(held)
-    assert feed.unread == len(held.events[0].encoded)
+    got = feed.feed(frame(message(1, [7])))
+    assert list(feed.pass_on(got, lambda _: True)) == []
+    assert feed.unread == len(got[0].events[0].encoded)
     sent = [message(1, [8]), message(2, [9]), message(-1, []), message(1, [10])]
     assert [each.watch_id for each in feed.feed(b"".join(map(frame, sent)))] == [2]
     got = []
@@ -111,6 +111,23 @@ def test_a_response_held_back_is_overtaken_by_other_watches() -> None:
     assert [each.watch_id for each in got] == [1, 1, -1, 1]
     assert (feed.unread, feed.behind) == (0, False)
     assert len(feed.feed(frame(message(1, [11])))) == 1
+
+
+def test_what_follows_in_the_same_bytes_does_not_overtake() -> None:
+    feed = ResponseOrder(scan_watch_response, 1 << 30)
+    sent = [message(1, [6]), message(2, [7]), message(1, [7]), message(-1, []), message(3, [7]), message(4, [7])]
+    large = message(1, range(8, 3_000), 20)
+    got = feed.feed(b"".join(map(frame, [*sent, large])))
+    assert [each.watch_id for each in got] == [1, 2, 1, -1, 3, 4]
+    late = iter((False, False, True, False, True))
+    assert [each.watch_id for each in feed.pass_on(got, lambda _: next(late))] == [1, 2, 3]
+    # What is held back in a later read waits behind it.
+    assert list(feed.pass_on(feed.feed(frame(message(5, [9]))), lambda _: True)) == []
+    steps = []
+    while feed.behind:
+        steps += feed.step()
+    assert [each.watch_id for each in steps] == [1, -1, 4, 1, 1, 5]
+    assert [each.events[0].revision for each in steps if each.watch_id == 1][:2] == [7, 8]
 
 
 def test_a_piece_is_read_in_a_bounded_turn() -> None:

@@ -7,7 +7,8 @@ upstream watches that serve many clients wait for the next turn, and those of ot
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Final, Protocol
 
 from proto.fields import ScanError
@@ -167,16 +168,13 @@ class UpstreamWatchCall:
         late_at = connection.heard_at + TURN_S
         has_events = False
         try:
-            for response in feed.step() if data is None else feed.feed(data):
+            responses = feed.step() if data is None else feed.feed(data)
+            in_order: Iterable[WatchResponse] = responses
+            if data is not None and (len(responses) > 1 or self._loop.time() >= late_at):
+                in_order = feed.pass_on(responses, partial(self._can_wait, late_at))
+            for response in in_order:
                 if call.ended:
                     break
-                if data is not None:
-                    if feed.waiting and not feed.passes(response):
-                        # One of its watch has been held back since it arrived.
-                        continue
-                    if self._loop.time() >= late_at and self._can_wait(response):
-                        feed.hold(response)
-                        continue
                 owner.take(stream, response)
                 has_events = has_events or response.plain
         except FramingError as error:
@@ -189,8 +187,10 @@ class UpstreamWatchCall:
             self._goes_on = True
             self._loop.call_soon(self._go_on)
 
-    def _can_wait(self, response: WatchResponse) -> bool:
-        """Return whether a response has events for many clients."""
+    def _can_wait(self, late_at: float, response: WatchResponse) -> bool:
+        """Return whether it is later than `late_at` and a response has events for many clients."""
+        if self._loop.time() < late_at:
+            return False
         registration = self._stream.by_id.get(response.watch_id)
         return response.plain and registration is not None and registration.watch.watchers >= MANY_CLIENTS
 

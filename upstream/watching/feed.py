@@ -4,8 +4,8 @@ A large response (100,000 keys deleted at once, a thousand transactions to catch
 half a second and need memory for all of it. So it is cut while it arrives, see `proto.large`, and one piece is taken
 per turn of the loop (`step`). Meanwhile other responses of the stream overtake it, except those of the same watch, and
 answers to progress requests, which concern all watches. `created` and refusals do not wait: etcd itself sends these
-ahead of events. The shell may also hold a small response back (`hold`), because its watch has so many clients that the
-events of other watches would come late; it is overtaken in the same way.
+ahead of events. The shell may also hold small responses back (`pass_on`), because their watch has so many clients that
+the events of other watches would come late; they are overtaken in the same way.
 
 No I/O: the shell (`call`) and the simulator feed it and call `step`.
 """
@@ -13,7 +13,7 @@ No I/O: the shell (`call`) and the simulator feed it and call `step`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Protocol
 
 from proto.etcd_errors import reason_of
@@ -115,6 +115,7 @@ class ResponseOrder:
         "_event_bytes_max",
         "_large",
         "_need",
+        "_new",
         "_scan",
         "_waiting_bytes",
         "_waiting_ids",
@@ -134,6 +135,8 @@ class ResponseOrder:
         # Large responses that are not fully read and small ones that are held back, oldest first, and the responses
         # that must wait for them.
         self.waiting: deque[LargeMessage | WatchResponse] = deque()
+        # How many of them, the last ones, came with the newest bytes.
+        self._new = 0
         # The large ones of them; of the others, how many there are of each watch, and the bytes of their events.
         self._large: list[LargeMessage] = []
         self._waiting_ids: dict[int, int] = {}
@@ -164,6 +167,7 @@ class ResponseOrder:
         Raises FramingError for a compressed message, and ScanError; the stream cannot be used after that.
         """
         buffer = self._buffer
+        self._new = 0
         if buffer is not None:
             buffer += data
             if len(buffer) < self._need:
@@ -207,6 +211,7 @@ class ResponseOrder:
         """Add a large response that begins to arrive."""
         self.waiting.append(large)
         self._large.append(large)
+        self._new += 1
 
     def passes(self, response: WatchResponse) -> bool:
         """Return whether to handle a response now although others are `waiting`; if not, it is queued."""
@@ -214,12 +219,37 @@ class ResponseOrder:
         same = watch_id in self._waiting_ids or any(each.watch_id == watch_id for each in self._large)
         waits = same if watch_id >= 0 else not response.created
         if waits:
-            self.hold(response)
+            self.waiting.append(response)
+            self._new += 1
+            self._count(response)
         return not waits
 
-    def hold(self, response: WatchResponse) -> None:
-        """Queue a response that passes: `step` returns it in its turn."""
-        self.waiting.append(response)
+    def pass_on(
+        self, responses: Iterable[WatchResponse], waits: Callable[[WatchResponse], bool]
+    ) -> Iterator[WatchResponse]:
+        """Yield the responses that `feed` has just returned, without those held back, which `step` returns.
+
+        Held back are those for which `waits` is true in their turn, and what must not overtake these. They are queued
+        before all that came after them in the same bytes.
+        """
+        held: list[WatchResponse] = []
+        ids: set[int] = set()
+        for response in responses:
+            watch_id = response.watch_id
+            if watch_id in ids or (ids and watch_id < 0 and not response.created) or waits(response):
+                held.append(response)
+                ids.add(watch_id)
+            else:
+                yield response
+        waiting = self.waiting
+        new = [waiting.pop() for _ in range(self._new)] if held else []
+        waiting.extend(held)
+        waiting.extend(reversed(new))
+        for response in held:
+            self._count(response)
+
+    def _count(self, response: WatchResponse) -> None:
+        """Count a response that waits."""
         self._waiting_ids[response.watch_id] = self._waiting_ids.get(response.watch_id, 0) + 1
         self._waiting_bytes += sum(len(event.encoded) for event in response.events)
 

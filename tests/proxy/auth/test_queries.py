@@ -78,6 +78,17 @@ def test_auth_off_is_remembered_for_probe_age_s_max() -> None:
     assert [type(effect) for effect in check(11.001)] == [SendCall]
 
 
+def test_no_probe_from_before_a_break_admits_a_watch() -> None:
+    """A store that was restored within a second is read before the first watch continues from the old history."""
+    queries = Queries(1.0)
+    check = PermissionCheck(AuthScope(None, b"a", b""))
+    queries.answered(begun(queries, queries.check(check, 0.0), 10), at(10))
+    assert queries.admit(check, 0.5) is not None
+    queries.broken()
+    probe = begun(queries, queries.check(check, 0.5), 10)
+    assert [type(effect) for effect in queries.answered(probe, at(5))] == [RevisionRegressed, AnswerCheck]
+
+
 def test_a_refused_session_is_closed_and_the_next_token_used(queries: Queries) -> None:
     queries.auth_on = True
     now = waiting(b"old", b"good")
