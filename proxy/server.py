@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,6 +38,7 @@ from upstream.fitness import STATUS_PATH
 from upstream.namespace import Namespace
 from upstream.pool import Pool
 from upstream.settings import UpstreamSettings as UpstreamSettings
+from upstream.watch_route import RouteIds, new_id
 from upstream.watching.client import WatchClient
 
 if TYPE_CHECKING:
@@ -93,6 +93,12 @@ class ProxySettings:
     """The prefix that clients' keys have at etcd."""
     advertised: str = ""
     """The URL that MemberList shows for every member; "": etcd's own."""
+    whole_id: str = ""
+    """The id that all processes of --workers share; "": there is one process."""
+    own_id: str = ""
+    """That of its watches, of a worker; "": that of the whole."""
+    cluster_id: int = 0
+    """The etcd cluster that its clients know; 0: any."""
     probe_interval_s: float = 0.0
     """The interval of the self-probe, 0 for never."""
     tune_gc: bool = True
@@ -128,24 +134,32 @@ class Proxy:
         self._comparing: asyncio.Task[None] | None = None
         # Why watches are not served: they would come from another cluster.
         self._foreign = ""
-        # Random, to find a loop of proxies.
-        self._id = os.urandom(8).hex().encode()
+        # To find a loop of proxies.
+        whole_id = settings.whole_id or new_id()
+        self._ids = RouteIds(settings.own_id or whole_id, whole_id)
 
     async def start(self) -> None:
         """Start: connections to etcd in the background, then the listener. Raises OSError when it cannot listen."""
         settings, tls = self._settings, self._settings.upstream_tls
-        self.pool = Pool(self.endpoints, tls, settings.upstream, logs.logger("pool"))
+        self.pool = Pool(self.endpoints, tls, settings.upstream, logs.logger("pool"), self._ids)
         self.pool.when_available(self._upstream_changed)
         namespace = self._namespace
         self.reader = AuthReader(self.pool, settings.reader, namespace)
         self.listener = Listener(settings.listener)
         self.engine = Engine(Coalescer(settings.limits), self.reader, self.listener)
         watch_log = logs.logger("upstream")
-        sources = self.watch_endpoints or self.endpoints
-        route = self._id if self.watch_endpoints else b""
         self.upstream = WatchClient(
-            sources, self.engine, settings.upstream, tls, watch_log, settings.credentials, namespace, route
+            self.watch_endpoints or self.endpoints,
+            self.engine,
+            settings.upstream,
+            tls,
+            watch_log,
+            settings.credentials,
+            namespace,
+            self._ids,
+            are_proxies=bool(self.watch_endpoints),
         )
+        self.upstream.cluster_id = settings.cluster_id
         self.pool.cork = self.upstream.cork = self.listener
         self.engine.attach(self.upstream)
         self.engine.upstream_changed = self._watches_changed
@@ -195,7 +209,7 @@ class Proxy:
         for path in (health.CHECK, health.LIST, health.WATCH):
             routes[path] = self.health.open
         self.listener.passthrough = self.passthrough
-        routes[STATUS_PATH.encode()] = status = RouteStatus(self.passthrough, self.upstream, self._id)
+        routes[STATUS_PATH.encode()] = status = RouteStatus(self.passthrough, self.upstream, self.pool, self._ids)
         routes[shared_reads.RANGE] = reads = shared_reads.SharedReads(self.passthrough, self.pool)
         if self.guard is not None:
             routes[watch_service.PATH] = self.guard.protect(self.watches.open, marks=False)
@@ -205,23 +219,28 @@ class Proxy:
         self.listener.http1 = self.http1
         self.listener.handed_on = self.http1.descriptors
 
-    async def set_endpoints(self, endpoints: Sequence[str], watch_endpoints: Sequence[str] = ()) -> str:
-        """Switch to other endpoints of the same cluster; clients notice nothing.
+    async def examine_endpoints(self, endpoints: Sequence[str], watch_endpoints: Sequence[str] = ()) -> str:
+        """Return why the proxy must not use these endpoints from now on; "" if it may. Raises BadEndpoint.
 
-        Returns "" on success, otherwise the reason, with nothing changed. Raises BadEndpoint.
+        It must not if one of them leads back to this proxy, or belongs to another cluster. Those in use are examined
+        too: they may have changed. One that does not answer may be used: the old ones serve until a new one works.
         """
-        wanted = parse_endpoints(endpoints)
-        sources = parse_endpoints(watch_endpoints) if watch_endpoints else []
-        known = {*self.endpoints, *self.watch_endpoints}
-        foreign = await self.upstream.find_foreign_cluster(
-            [endpoint for endpoint in (*wanted, *sources) if endpoint not in known]
-        )
-        if foreign is not None:
-            return f"{foreign} belongs to another cluster, whose revisions do not match those that clients have"
-        self.endpoints, self.watch_endpoints = wanted, sources
-        self.pool.set_endpoints(wanted)
-        self.upstream.set_endpoints(sources or wanted, are_proxies=bool(sources))
-        return ""
+        calls, sources = parse_endpoints(endpoints), parse_endpoints(watch_endpoints) if watch_endpoints else []
+        examine = self.upstream.examine
+        found = await asyncio.gather(examine(calls), examine(sources, are_proxies=True))
+        if loop := next((each.loop for each in found if each.loop), ""):
+            return loop
+        foreign = next((each.foreign for each in found if each.foreign), "")
+        text = "belongs to another cluster, whose revisions do not match those that clients have"
+        return foreign and f"{foreign} {text}"
+
+    def set_endpoints(self, endpoints: Sequence[str], watch_endpoints: Sequence[str] = ()) -> None:
+        """Switch to other endpoints, which have been examined; clients notice nothing. Raises BadEndpoint."""
+        self.endpoints = parse_endpoints(endpoints)
+        self.watch_endpoints = parse_endpoints(watch_endpoints) if watch_endpoints else []
+        self.pool.set_endpoints(self.endpoints)
+        sources = self.watch_endpoints or self.endpoints
+        self.upstream.set_endpoints(sources, are_proxies=bool(self.watch_endpoints))
 
     def _http1_endpoint(self) -> Endpoint:
         """Choose the endpoint for the next HTTP/1 connection: one that is connected, if there is one."""
@@ -237,9 +256,9 @@ class Proxy:
 
     async def _compare_clusters(self) -> None:
         """Serve no watches while they would come from another cluster than the one that calls go to."""
-        foreign = await self.upstream.find_foreign_cluster(self.endpoints)
+        foreign = (await self.upstream.examine(self.endpoints)).foreign
         problem = ""
-        if foreign is not None:
+        if foreign:
             problem = f"watchmux: {foreign} belongs to another cluster than the watches of --watch-endpoints"
             log.error(
                 "the watches come from another cluster than the calls go to; not serving watches", problem=problem
@@ -248,9 +267,11 @@ class Proxy:
         self._upstream_changed()
 
     def _upstream_changed(self) -> None:
+        self.pool.look_at(self.upstream.looping)
         self.watches.problem = self.upstream.loop or self._foreign
         problem = self.guard.problem if self.guard is not None else ""
-        problem = problem or self.watches.problem or self.pool.full or self.upstream.problem
+        loop = self.pool.loop
+        problem = problem or self.watches.problem or (str(loop) if loop else self.pool.full or self.upstream.problem)
         self.health.set_upstream(self.upstream.connected and self.pool.connected, problem)
 
     @property

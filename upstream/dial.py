@@ -26,8 +26,8 @@ from upstream.endpoints import Backoff, Endpoint
 from upstream.errors import CallFailed, Logger, Unreachable
 from upstream.fitness import STATUS_PATH
 from upstream.settings import WATCH_LIMITS, UpstreamSettings
-from upstream.unary import call_unary
-from upstream.watch_route import WATCH_ROUTE, Route, is_loop, parse, shown, up_to
+from upstream.unary import Metadata, call_unary
+from upstream.watch_route import LoopOfProxies, Route, RouteIds, parse, shown, unusable, up_to
 from upstream.watching.lineage import RaftPosition
 
 _VERSION: Final = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
@@ -91,12 +91,22 @@ class Server:
         return ServerInUse(self.target.endpoint.text, self.version, self.header.member_id if self.header else 0)
 
 
+class Examined(NamedTuple):
+    """What is wrong with endpoints that have answered; "" if nothing is."""
+
+    # The problem of one that leads back to this proxy.
+    loop: str
+    # One that belongs to another cluster than the watched one.
+    foreign: str
+
+
 class Target:
     """One endpoint, and its state between attempts."""
 
     __slots__ = (
         "backoff",
         "endpoint",
+        "is_proxy",
         "last_logged_problem",
         "leaderless",
         "loop",
@@ -107,8 +117,10 @@ class Target:
         "unimplemented",
     )
 
-    def __init__(self, endpoint: Endpoint, settings: UpstreamSettings) -> None:
+    def __init__(self, endpoint: Endpoint, settings: UpstreamSettings, is_proxy: bool = False) -> None:
         self.endpoint = endpoint
+        # It is one of --watch-endpoints.
+        self.is_proxy = is_proxy
         self.backoff = Backoff(settings.backoff_first_s, settings.backoff_max_s)
         self.settings = settings.connection
         # When it may be tried again, in loop time.
@@ -117,9 +129,9 @@ class Target:
         self.tried = False
         # Its last answer was that it has no leader.
         self.leaderless = False
-        # Where its watches lead, while it has no server for them.
+        # Where it leads, while it has no server.
         self.route: Route = ()
-        # The addresses by which its watches lead back to this proxy; "" if they do not.
+        # The addresses by which it leads back to this proxy; "" if it does not.
         self.loop = ""
         # Its last answer was that it has no Watch service.
         self.unimplemented = False
@@ -142,17 +154,18 @@ class Dialer:
         settings: UpstreamSettings,
         log: Logger,
         on_failure: Callable[[], None],
-        route: bytes = b"",
+        ids: RouteIds | None = None,
+        *,
+        are_proxies: bool = False,
     ) -> None:
-        """`route`: the id of this proxy if the endpoints are proxies whose watches must have a server (WATCH_ROUTE)."""
-        self.targets = [Target(endpoint, settings) for endpoint in endpoints]
+        """`ids`: of this proxy. `are_proxies`: the endpoints are proxies whose watches must have a server."""
+        self._ids = ids or RouteIds()
+        self.targets = [Target(endpoint, settings, are_proxies) for endpoint in endpoints]
         self._tls = tls
         self._settings = settings
         self._log = log
         # Called after each failed attempt.
         self._on_failure = on_failure
-        self._metadata = ((WATCH_ROUTE, route),) if route else ()
-        self._own_id = route.decode()
         # Targets in the order of attempts: the one that worked last is first.
         self._order = list(self.targets)
         # Attempts and connections that ended at a limit, by its name.
@@ -160,10 +173,10 @@ class Dialer:
         # Set, and replaced, when the endpoints change.
         self.changed = asyncio.Event()
 
-    def set_endpoints(self, endpoints: Sequence[Endpoint]) -> None:
-        """Replace the endpoints; those that stay keep their state. A search in progress restarts."""
-        known = {target.endpoint: target for target in self.targets}
-        self.targets = [known.get(endpoint) or Target(endpoint, self._settings) for endpoint in endpoints]
+    def set_endpoints(self, endpoints: Sequence[Endpoint], are_proxies: bool) -> None:
+        """Replace the endpoints; those that stay what they are keep their state. A search in progress restarts."""
+        known = {target.endpoint: target for target in self.targets if target.is_proxy == are_proxies}
+        self.targets = [known.get(endpoint) or Target(endpoint, self._settings, are_proxies) for endpoint in endpoints]
         self._order = list(self.targets)
         self.changed.set()
         self.changed = asyncio.Event()
@@ -174,16 +187,19 @@ class Dialer:
         known = sorted((target for target in self.targets if target.route), key=lambda target: not target.loop)
         return (known[0].endpoint.text, *known[0].route) if known else ()
 
-    async def cluster_ids(self, endpoints: Sequence[Endpoint]) -> dict[str, int]:
-        """Return the cluster id of each endpoint, tried once; endpoints that do not answer are left out."""
+    async def examine(self, endpoints: Sequence[Endpoint], cluster_id: int, *, are_proxies: bool) -> Examined:
+        """Try each endpoint once; those that do not answer are left out. `cluster_id`: the watched one; 0: any."""
         loop = asyncio.get_running_loop()
-        attempts = [loop.create_task(self.attempt(Target(endpoint, self._settings))) for endpoint in endpoints]
+        targets = [Target(endpoint, self._settings, are_proxies) for endpoint in endpoints]
+        attempts = [loop.create_task(self.attempt(target)) for target in targets]
         try:
             answers = await asyncio.gather(*attempts, return_exceptions=True)
         finally:
             _close_found(attempts)
-        headers = {answer.target.endpoint.text: answer.header for answer in answers if isinstance(answer, Server)}
-        return {text: header.cluster_id for text, header in headers.items() if header is not None}
+        headers = [(answer.target, answer.header) for answer in answers if isinstance(answer, Server)]
+        foreign = [each.endpoint.text for each, seen in headers if seen and cluster_id not in (0, seen.cluster_id)]
+        loops = [str(answer) for answer in answers if isinstance(answer, LoopOfProxies)]
+        return Examined(next(iter(loops), ""), next(iter(foreign), ""))
 
     async def dial(self, accept: Callable[[Server], bool]) -> Server:
         """Try all endpoints concurrently, each repeatedly with backoff, until `accept` is true for a server."""
@@ -291,17 +307,25 @@ class Dialer:
     @property
     def has_route(self) -> bool:
         """The endpoints are proxies, and there is more than one."""
-        return bool(self._metadata) and len(self.targets) > 1
+        return len(self.targets) > 1 and self.targets[0].is_proxy
 
-    async def read_status(self, connection: ClientConnection) -> bytes:
-        """Read the status of the server that watches on this connection are at. Raises NotSent, CallFailed."""
-        return (await call_unary(connection, STATUS_PATH, b"", self._metadata, self._settings.status_timeout_s))[0]
+    async def read_status(self, target: Target, connection: ClientConnection) -> bytes:
+        """Read the status of the server that this connection to a target leads to. Raises NotSent, CallFailed."""
+        asks: Metadata = self._ids.metadata(target.is_proxy)
+        return (await call_unary(connection, STATUS_PATH, b"", asks, self._settings.status_timeout_s))[0]
+
+    def without_server(self, target: Target, route: Route) -> Unreachable:
+        """Record that a target leads to no server; return the problem, with the loop if it is in one."""
+        where, own_id = target.endpoint.text, self._ids.own(target.is_proxy)
+        own = up_to(route, own_id)
+        target.route, target.loop = own or route, shown(where, own) if own else ""
+        return unusable(where, target.route, own_id, target.is_proxy)
 
     async def _ask(self, server: Server) -> None:
         """Read a server's status. Raises Unreachable when it cannot be used for watches."""
         where = server.target.endpoint.text
         try:
-            status = rpc_pb2.StatusResponse.FromString(await self.read_status(server.connection))
+            status = rpc_pb2.StatusResponse.FromString(await self.read_status(server.target, server.connection))
         except NotSent as error:
             raise Unreachable(where, str(error), "check that etcd runs there") from None
         except DecodeError:
@@ -316,7 +340,7 @@ class Dialer:
             if not server.connection.healthy and server.connection.failure is not None:
                 raise server.connection.failure from None
             if route := parse(error.text):
-                raise self._without_server(server.target, route) from None
+                raise self.without_server(server.target, route) from None
             limit = "status_timeout_s" if error.status == Status.DEADLINE_EXCEEDED else ""
             what = f"it did not return its status ({error})"
             raise Unreachable(where, what, "check that etcd is up", limit) from None
@@ -328,18 +352,6 @@ class Dialer:
         server.header = server.position.header
         server.has_leader = status.leader != 0
         server.target.leaderless = not server.has_leader
-
-    def _without_server(self, target: Target, route: Route) -> Unreachable:
-        """Return the error for a proxy that has no server for its watches."""
-        where, target.route = target.endpoint.text, route
-        if own := up_to(route, self._own_id):
-            target.route, target.loop = own, shown(where, own)
-            what = "its watches lead back to this proxy"
-        elif is_loop(route):
-            what = f"its watches lead in a loop: {shown(where, route)}"
-        else:
-            return Unreachable(where, "it has no server for its watches", "check its log")
-        return Unreachable(where, what, "check --watch-endpoints and --endpoints of these proxies")
 
 
 async def any_of(*events: asyncio.Event) -> None:

@@ -20,7 +20,9 @@ from proto.framing import Status
 from proto.pb import rpc_pb2
 from upstream.connection import ClientConnection, NotSent
 from upstream.errors import CallFailed
+from upstream.heads import IN_A_LOOP
 from upstream.unary import call_unary
+from upstream.watch_route import LoopOfProxies, RouteIds, parse, unusable
 
 STATUS_PATH: Final = "/etcdserverpb.Maintenance/Status"
 
@@ -42,16 +44,24 @@ def is_refused_unserved(text: str) -> bool:
 
 def is_suspicious(status: int, text: str) -> bool:
     """Whether an answer is a reason to check if its member serves."""
-    suspicious = text in _REFUSED_BEFORE or text.startswith(etcd_errors.TIMED_OUT)
+    suspicious = text in _REFUSED_BEFORE or text.startswith(etcd_errors.TIMED_OUT) or IN_A_LOOP in text
     return suspicious and status in (Status.UNAVAILABLE, Status.FAILED_PRECONDITION)
 
 
-async def read_fitness(connection: ClientConnection, timeout_s: float) -> Fitness:
-    """Read whether the member at the other end of a connection serves; SERVES when it does not answer."""
+async def read_fitness(connection: ClientConnection, timeout_s: float, ids: RouteIds) -> Fitness:
+    """Read whether the member at the other end of a connection serves; SERVES when it does not answer.
+
+    Raises LoopOfProxies if calls on it come back to this proxy, which has these ids.
+    """
     try:
-        answer, _ = await call_unary(connection, STATUS_PATH, b"", (), timeout_s)
+        answer, _ = await call_unary(connection, STATUS_PATH, b"", ids.metadata(False), timeout_s)
         status = rpc_pb2.StatusResponse.FromString(answer)
-    except (NotSent, CallFailed, DecodeError):
+    except CallFailed as error:
+        where, route = connection.endpoint.text, parse(error.text)
+        if route and isinstance(loop := unusable(where, route, ids.calls, False), LoopOfProxies):
+            raise loop from None
+        return Fitness.SERVES
+    except (NotSent, DecodeError):
         return Fitness.SERVES
     if not status.version:
         # Not an etcd: a service that answers any call.

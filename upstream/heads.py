@@ -26,6 +26,9 @@ to itself, and each pass costs all of them work. Two levels of proxies are usual
 
 FIRST_HOP: Final = (HOPS, b"1")
 
+IN_A_LOOP: Final = "in a loop by way of"
+"""Part of the text of each refusal in a loop of proxies."""
+
 
 def next_hop(headers: Headers) -> tuple[int, Headers]:
     """Return the number of proxies that a call has passed through, and its headers for the next server.
@@ -42,7 +45,7 @@ def next_hop(headers: Headers) -> tuple[int, Headers]:
 def loop_text(hops: int, endpoints: Iterable[str]) -> str:
     """Return the text of a refusal at HOPS_MAX; `endpoints`: those of the proxy that refuses."""
     there = ", ".join(endpoints)
-    return f"the call has passed through {hops} proxies, in a loop by way of {there}: check their --endpoints"
+    return f"the call has passed through {hops} proxies, {IN_A_LOOP} {there}: check their --endpoints"
 
 
 class RequestConnection(Protocol):

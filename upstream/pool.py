@@ -27,6 +27,7 @@ from upstream.settings import CONNECTION_LIMITS, ConnectionSettings, UpstreamSet
 from upstream.slot import Slot
 from upstream.transport import Cork
 from upstream.unary import HAS_LEADER, Answer, Metadata, settle
+from upstream.watch_route import LoopOfProxies, Route, RouteIds
 
 
 class EndpointState(NamedTuple):
@@ -46,7 +47,10 @@ class Pool:
         tls: ssl.SSLContext | None = None,
         settings: UpstreamSettings | None = None,
         log: Logger | None = None,
+        ids: RouteIds | None = None,
     ) -> None:
+        """`ids`: of the proxy that it belongs to."""
+        self._ids = ids or RouteIds()
         self._settings = settings or UpstreamSettings()
         self._tls = tls
         self._log = log or NullLogger()
@@ -72,7 +76,7 @@ class Pool:
         self._changed = asyncio.Event()
 
     def _slot(self, endpoint: Endpoint) -> Slot:
-        return Slot(endpoint, self._settings, self, self._log)
+        return Slot(endpoint, self._settings, self, self._log, self._ids)
 
     def start(self) -> None:
         """Start connecting, in the running event loop."""
@@ -171,6 +175,12 @@ class Pool:
                 slot.on_suspicious_answer(text)
         return is_refused_unserved(text) and any(slot.fitness is Fitness.SERVES for slot in self._serving)
 
+    def look_at(self, endpoints: Sequence[str]) -> None:
+        """Check whether calls on the connections to these endpoints reach an etcd."""
+        for slot in self._slots if endpoints else ():
+            if slot.endpoint.text in endpoints:
+                slot.look()
+
     def states(self) -> list[EndpointState]:
         """Return each endpoint's state, for display."""
         return [
@@ -192,6 +202,17 @@ class Pool:
                 return None
             failure = slot.failure
         return failure
+
+    @property
+    def loop(self) -> LoopOfProxies | None:
+        """The loop that calls would get into, if no endpoint is connected because of it."""
+        loops = [slot.failure for slot in self._slots if isinstance(slot.failure, LoopOfProxies)]
+        return loops[0] if loops and not self.connected else None
+
+    @property
+    def onward(self) -> Route:
+        """The address that leads into a loop, and the route from there."""
+        return () if (loop := self.loop) is None else (loop.where, *loop.route)
 
     @property
     def connected(self) -> bool:

@@ -12,6 +12,7 @@ from upstream.endpoints import Backoff, Endpoint
 from upstream.errors import Logger, Unreachable
 from upstream.fitness import Fitness, read_fitness
 from upstream.settings import ConnectionSettings, UpstreamSettings
+from upstream.watch_route import LoopOfProxies, RouteIds
 
 # Interval at which a member that does not serve is checked again, and the timeout of the check on a new connection.
 _LOOK_S: Final = 1.0
@@ -38,9 +39,11 @@ class Slot:
 
     __slots__ = (
         "_backoff",
+        "_ids",
         "_log",
         "_look",
         "_looked_at",
+        "_lost",
         "_owner",
         "_reported",
         "_settings",
@@ -54,7 +57,9 @@ class Slot:
         "retired",
     )
 
-    def __init__(self, endpoint: Endpoint, settings: UpstreamSettings, owner: SlotOwner, log: Logger) -> None:
+    def __init__(
+        self, endpoint: Endpoint, settings: UpstreamSettings, owner: SlotOwner, log: Logger, ids: RouteIds
+    ) -> None:
         self.endpoint = endpoint
         self.connection_settings = settings.connection
         # While it is up.
@@ -70,9 +75,12 @@ class Slot:
         self._owner = owner
         self._settings = settings
         self._log = log
+        self._ids = ids
         self._backoff = Backoff(settings.backoff_first_s, settings.backoff_max_s)
         self._task: asyncio.Task[None] | None = None
         self._look: asyncio.Task[None] | None = None
+        # Why its connections ended, once they have.
+        self._lost: asyncio.Future[Unreachable] | None = None
         # When the last check of the member started, in loop time.
         self._looked_at = 0.0
         # The problem last logged; "" if none was.
@@ -147,6 +155,7 @@ class Slot:
             # Without the traceback, whose frames keep the connection.
             return error.with_traceback(None)
         lost: asyncio.Future[Unreachable] = loop.create_future()
+        self._lost = lost
         self.connections = Connections(
             first,
             self._settings,
@@ -172,8 +181,8 @@ class Slot:
         """Open one connection, and check whether the member serves. Raises Unreachable."""
         connection = await self._owner.connect(self.endpoint, self.connection_settings)
         try:
-            fitness = await read_fitness(connection, min(_LOOK_S, self._settings.status_timeout_s))
-        except asyncio.CancelledError:
+            fitness = await read_fitness(connection, min(_LOOK_S, self._settings.status_timeout_s), self._ids)
+        except (asyncio.CancelledError, LoopOfProxies):
             connection.close()
             raise
         if not connection.healthy:
@@ -200,11 +209,23 @@ class Slot:
         if fitness is not Fitness.SERVES and self.connections is not None:
             self.look()
 
+    def _leave(self, loop: LoopOfProxies) -> None:
+        """Leave the connections, which lead back to this proxy: the endpoint is tried again as after a failure."""
+        if self.connections is not None and self._lost is not None and not self._lost.done():
+            self.failure = loop
+            self.connections.retire(loop)
+            self._lost.set_result(loop)
+
     async def _look_at(self) -> None:
         while True:
             connection = None if self.connections is None else self.connections.pick(own=True)
             if connection is not None:
-                self._set_fitness(await read_fitness(connection, _LOOK_S))
+                try:
+                    self._set_fitness(await read_fitness(connection, _LOOK_S, self._ids))
+                except LoopOfProxies as loop:
+                    self._look = None
+                    self._leave(loop)
+                    return
             if self.fitness is Fitness.SERVES or self.connections is None:
                 self._look = None
                 return

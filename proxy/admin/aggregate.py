@@ -21,6 +21,7 @@ import msgspec
 from proxy.admin.delays import Histogram
 from proxy.admin.snapshot import CoverState, Snapshot
 from proxy.admin.views import ClientView, ProcessView, SessionView
+from proxy.process.endpoints import Examination, ExaminationResult
 from proxy.process.supervision import HUB
 
 OF_THE_HUB: Final = frozenset(
@@ -85,13 +86,6 @@ class ProcessReport(msgspec.Struct, kw_only=True):
     details: WorkerDetails = WorkerDetails()
 
 
-class EndpointsInForce(msgspec.Struct, frozen=True):
-    """The endpoints that a process uses: those of a change that it has refused are not among them."""
-
-    endpoints: list[str] = []
-    watch_endpoints: list[str] = []
-
-
 class Heartbeat(msgspec.Struct, kw_only=True):
     """The report of a process to its parent, every few seconds."""
 
@@ -104,7 +98,10 @@ class Heartbeat(msgspec.Struct, kw_only=True):
     """Those that the parent has passed to it since its start."""
     load: float = 0.0
     """Cores that it has used lately."""
-    endpoints: EndpointsInForce = EndpointsInForce()
+    cluster_id: int = 0
+    """The etcd cluster that it watches; 0 while it knows none."""
+    examined: ExaminationResult | None = None
+    """Of the hub: the result of its last examination of endpoints."""
     report: msgspec.Raw
     """A `ProcessReport`."""
 
@@ -117,6 +114,8 @@ class ParentMessage(msgspec.Struct, kw_only=True):
     """The newest `ProcessReport` of each process that runs."""
     limits: dict[str, float] | None = None
     """With changed settings: the limits of the whole, by setting."""
+    examine: Examination | None = None
+    """To the hub: endpoints that it is to examine."""
     ended: dict[str, ProcessReport] | None = None
     """By name, the counters of its processes that have ended; None: they are as before."""
 

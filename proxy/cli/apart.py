@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import sys
 import traceback
 from typing import TYPE_CHECKING
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 def serve(arguments: list[str]) -> int:
     """Run `watchmux serve ...` and return its exit code; errors are one line on standard error."""
+    # It would end the process. After the start it is a reload: what it announces may not have been read yet.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         read = _read_by_a_fork(arguments)
         if isinstance(read, int):

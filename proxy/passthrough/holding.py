@@ -18,6 +18,7 @@ from proxy.passthrough.settings import PassthroughSettings, PassthroughStats
 from proxy.passthrough.waiting import NO_CONNECTION, WaitingCalls, check_again, wait_until
 from upstream.connection import ClientConnection
 from upstream.expiry import ExpiryTimer
+from upstream.heads import IN_A_LOOP
 from upstream.pool import Pool
 
 TURN_CALLS_MAX = 200
@@ -67,8 +68,10 @@ class HeldCalls:
         return len(self._calls)
 
     def hold(self, call: HeldCall) -> None:
-        """Let a call wait for a connection. Raises CallRefusal at a limit."""
+        """Let a call wait for a connection. Raises CallRefusal at a limit, and in a loop of proxies."""
         now, settings = _now(), self.settings
+        if (refusal := self._loop()) is not None:
+            raise refusal
         if len(self._calls) >= settings.waiting_max:
             raise self._refusal("too many calls wait for an etcd", "waiting_max")
         if not settings.call_wait_s and not self._pool.connected:
@@ -105,6 +108,9 @@ class HeldCalls:
             if self._is_late(call):
                 continue
             upstream = self._pool.pick()
+            if upstream is None and (refusal := self._loop()) is not None:
+                call.refuse(refusal)
+                continue
             if upstream is None or not call.begin(upstream):
                 return
             self.leave(call)
@@ -128,6 +134,12 @@ class HeldCalls:
         down = self._pool.down
         return f"no etcd can be reached: {down}" if down is not None else "not connected to etcd yet"
 
+    def _loop(self) -> CallRefusal | None:
+        """Return the refusal of a call if all endpoints lead back to this proxy: waiting would not help."""
+        if (loop := self._pool.loop) is None:
+            return None
+        return in_a_loop(self._stats, f"calls lead back to this proxy, {IN_A_LOOP} {loop.where}: check --endpoints")
+
     def _refusal(self, problem: str, limit: str) -> CallRefusal:
         """Count and log the refusal of a call that no server has seen, and return it."""
         self._stats.unavailable += 1
@@ -149,6 +161,12 @@ class HeldCalls:
             else:
                 call.refuse(self._refusal(self._problem, "call_wait_s"))
         self._timer.set(self._calls.next_expiry)
+
+
+def in_a_loop(stats: PassthroughStats, text: str) -> CallRefusal:
+    """Count the refusal of a call in a loop of proxies, and return it."""
+    stats.refused_at["hops_max"] += 1
+    return CallRefusal(200, Status.FAILED_PRECONDITION, f"watchmux: {text}")
 
 
 def _now() -> float:

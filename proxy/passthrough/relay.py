@@ -33,7 +33,7 @@ from proxy.listening.calls import (
     status_trailers,
 )
 from proxy.passthrough.answers import MessageBoundary, trailers_of
-from proxy.passthrough.holding import HeldCalls
+from proxy.passthrough.holding import HeldCalls, in_a_loop
 from proxy.passthrough.settings import PassthroughSettings, PassthroughStats
 from proxy.passthrough.sharing import SharedRead
 from proxy.passthrough.unread import UnreadBytes
@@ -112,9 +112,8 @@ class Passthrough:
 
     def _checked(self, relay: Relay) -> Relay:
         if relay.hops >= HOPS_MAX:
-            self.stats.refused_at["hops_max"] += 1
             text = loop_text(relay.hops, (state.endpoint for state in self._pool.states()))
-            raise CallRefusal(200, Status.FAILED_PRECONDITION, f"watchmux: {text}")
+            raise in_a_loop(self.stats, text)
         return relay
 
     def begin(self, relay: Relay) -> None:

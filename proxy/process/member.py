@@ -7,21 +7,21 @@ import base64
 import contextlib
 import pickle
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from proxy.admin.aggregate import AllProcesses, EndpointsInForce, Heartbeat, ParentMessage
+from proxy.admin.aggregate import AllProcesses, Heartbeat, ParentMessage
 from proxy.admin.monitor import Monitor
 from proxy.listening.sockets import Listening
+from proxy.process.endpoints import Examination, ExaminationResult
 
 if TYPE_CHECKING:
     from proxy.process.child import Parent
     from proxy.process.reloading import Reloading
     from proxy.server import Proxy
-    from upstream.endpoints import Endpoint
 
 REPORT_INTERVAL_S: Final = 2.5
 """Interval of the reports to the parent; a process that begins or ceases to serve reports at once. A report costs a
@@ -41,6 +41,10 @@ class ProcessPlace:
     """The hub's: what is known of all processes."""
     hub: str = ""
     """A worker's: the endpoint of the hub."""
+    whole_id: str = ""
+    """The id of the whole proxy."""
+    cluster_id: int = 0
+    """The etcd cluster that the processes before it have watched; 0 if it is not known."""
 
 
 class ReportingProcess:
@@ -54,6 +58,13 @@ class ReportingProcess:
         self._report_task: asyncio.Task[None] | None = None
         self._settings = ""
         """Changed settings that arrived while the process was starting."""
+        self._proxy: Proxy | None = None
+        self._pending: Examination | None = None
+        """Endpoints to examine; they may arrive while the process is starting."""
+        self._examining: asyncio.Task[None] | None = None
+        self._examined: ExaminationResult | None = None
+        self._news = asyncio.Event()
+        """There is something to report at once."""
 
     def came(self, line: bytes) -> None:
         """Follow an order of the parent."""
@@ -62,6 +73,8 @@ class ReportingProcess:
             self.place.whole.learn(order)
         self._settings = order.settings or self._settings
         self._apply()
+        self._pending = order.examine or self._pending
+        self._examine()
 
     def record(self, proxy: Proxy, address: str, limits: Callable[[], Mapping[str, float]]) -> Monitor:
         """Record from now on what is reported and shown."""
@@ -71,8 +84,9 @@ class ReportingProcess:
 
     def start(self, proxy: Proxy, parent: Parent, reloading: Reloading, monitor: Monitor) -> None:
         """Report from now on, and apply changed settings."""
-        self._reloading = reloading
+        self._reloading, self._proxy = reloading, proxy
         self._apply()
+        self._examine()
         self._report_task = asyncio.get_running_loop().create_task(
             self._report_periodically(proxy, parent, monitor), name="reports"
         )
@@ -83,20 +97,34 @@ class ReportingProcess:
             self._settings = ""
             self._reloading.reload(lambda: (settings, []))
 
+    def _examine(self) -> None:
+        """Examine the endpoints of the newest order, instead of those of an earlier one."""
+        if self._pending is not None and self._proxy is not None:
+            if self._examining is not None:
+                self._examining.cancel()
+            examination, self._pending = self._examination(self._proxy, self._pending), None
+            self._examining = asyncio.get_running_loop().create_task(examination, name="examine endpoints")
+
+    async def _examination(self, proxy: Proxy, pending: Examination) -> None:
+        problem = await proxy.examine_endpoints(*pending.endpoints)
+        self._examined = ExaminationResult(pending.number, problem)
+        self._news.set()
+
     def stop(self) -> None:
         """Stop reporting."""
-        if self._report_task is not None:
-            self._report_task.cancel()
+        for task in (self._report_task, self._examining):
+            if task is not None:
+                task.cancel()
         if self.monitor is not None:
             self.monitor.stop()
 
     async def _report_periodically(self, proxy: Proxy, parent: Parent, monitor: Monitor) -> None:
         health, listener = proxy.health, proxy.listener
-        changed = asyncio.Event()
-        health.on_change = changed.set
+        news = self._news
+        health.on_change = news.set
         since_s, used_s, load = time.monotonic(), time.process_time(), 0.0
         while True:
-            changed.clear()
+            news.clear()
             if (now := time.monotonic()) >= since_s + REPORT_INTERVAL_S / 2:
                 load = (time.process_time() - used_s) / (now - since_s)
                 since_s, used_s = now, time.process_time()
@@ -107,14 +135,11 @@ class ReportingProcess:
                 open=listener.open,
                 taken=listener.taken,
                 load=round(load, 2),
-                endpoints=EndpointsInForce(_texts(proxy.endpoints), _texts(proxy.watch_endpoints)),
+                cluster_id=proxy.upstream.cluster_id,
+                examined=self._examined,
                 report=report,
             )
             if not parent.unsent_bytes:
                 parent.write_line(beat)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), REPORT_INTERVAL_S)
-
-
-def _texts(endpoints: Sequence[Endpoint]) -> list[str]:
-    return [endpoint.text for endpoint in endpoints]
+                await asyncio.wait_for(news.wait(), REPORT_INTERVAL_S)

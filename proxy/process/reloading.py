@@ -7,6 +7,7 @@ handshake checks their files for changes. Invalid settings change nothing at all
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,15 +18,28 @@ from proxy.errors import Failed
 log = logs.logger("reload")
 
 
+def hangups_come() -> None:
+    """Let SIGHUP come from now on; one that came during the start (`cli.apart`) was held back and comes now."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+
+
 class Reloading:
     """The settings in force, and their replacement."""
 
     def __init__(self, settings: Settings, apply: Callable[[Settings], None]) -> None:
         self.settings = settings
         self._apply = apply
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Reload nothing from now on: the proxy drains."""
+        self._stopped = True
 
     def reload(self, read: Callable[[], tuple[Settings, list[str]]]) -> None:
         """Read the settings and apply them. Never raises: after an error the proxy keeps its settings."""
+        if self._stopped:
+            log.warning("the proxy stops; settings are not reloaded")
+            return
         try:
             wanted, notes = read()
         except Failed as error:
@@ -47,8 +61,8 @@ class Reloading:
         taken = sorted((changed & reloaded()) - changed_store)
         waiting = sorted((changed - reloaded()) | changed_store)
         self.settings = merged(self.settings, wanted)
-        if taken:
-            self._apply(self.settings)
+        # Even if nothing has changed: endpoints that were refused may be good now.
+        self._apply(self.settings)
         log.info("settings reloaded", changed=taken)
         if waiting:
             log.warning("some changes need a restart", settings=waiting)

@@ -30,12 +30,14 @@ from proxy.errors import FAILURE, WRONG_REQUEST, Failed
 from proxy.process import descriptors
 from proxy.process.addresses import cannot_listen
 from proxy.process.child import Child, ChildFailed, ChildReady, Parent, on_signals, python_command
-from proxy.process.reloading import Reloading
+from proxy.process.endpoints import EndpointLists, EndpointsDecision, Examination, ExaminationResult
+from proxy.process.reloading import Reloading, hangups_come
 from proxy.process.service_manager import ServiceManager
 from proxy.server import Proxy, ProxySettings
 from proxy.version import process_identity
 from upstream.endpoints import parse_endpoint
 from upstream.errors import UpstreamError
+from upstream.watch_route import new_id
 
 if TYPE_CHECKING:
     from proxy.admin.monitor import Monitor
@@ -99,6 +101,7 @@ def proxy_of(settings: Settings, endpoints: list[str], http1: str = "", place: P
     """
     address = parse_listen_address(settings.listener.listen_addr)
     inward, outward = _tls(settings)
+    is_worker = place is not None and bool(place.hub)
     return Proxy(
         ProxySettings(
             endpoints=endpoints,
@@ -109,7 +112,7 @@ def proxy_of(settings: Settings, endpoints: list[str], http1: str = "", place: P
             listening=None if place is None else place.listening,
             tls=inward,
             upstream_tls=outward,
-            upstream=upstream_settings(settings, is_hub=place is not None and not place.hub),
+            upstream=upstream_settings(settings, is_hub=place is not None and not is_worker),
             listener=listener_settings(settings),
             watch=watch_settings(settings),
             passthrough=passthrough_settings(settings),
@@ -119,6 +122,9 @@ def proxy_of(settings: Settings, endpoints: list[str], http1: str = "", place: P
             http1=http1,
             namespace=settings.upstream.namespace.encode(errors="surrogateescape"),
             advertised=client_url(settings.listener.advertise_client_url, secure=bool(settings.listener.cert_file)),
+            whole_id="" if place is None else place.whole_id,
+            own_id=new_id() if is_worker else "",
+            cluster_id=0 if place is None else place.cluster_id,
             probe_interval_s=settings.admin.probe_interval_s,
         )
     )
@@ -161,12 +167,13 @@ async def serve(
         endpoints = [store.ready.address] if store else found.upstream.endpoints
         address, proxy = await _start(found, endpoints, store.ready.metrics if store else "", member)
         advertised = settings.listener.advertise_client_url or str(address)
-        applying = _SettingsApplier(proxy, found, opened)
+        applying = _SettingsApplier(proxy, found, opened, decides=place is None)
         monitor = None if member is None else member.record(proxy, advertised, applying.limits)
         admin = await _start_admin(proxy, settings, advertised, applying.limits, monitor, place)
         reloading = Reloading(settings, applying.apply)
         if read_again is not None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloading.reload, read_again)
+            hangups_come()
         parent.write_line(ChildReady(address=str(address), metrics=str(admin.address) if admin else ""))
         if store:
             log.warning(BUNDLED_STORE, data="in memory only, lost when this process stops", to_do="set --endpoints")
@@ -178,6 +185,7 @@ async def serve(
         manager = ServiceManager(lambda: served.health.hung, os.environ if place is None else {})
         manager.start()
         code = await _until_stopped(leaving, store)
+        reloading.stop()
         applying.stop()
         manager.stopping()
         await signals.or_again(proxy.drain(reloading.settings.listener.drain_s if code == 0 else 0))
@@ -216,14 +224,16 @@ async def discovered(settings: Settings) -> Settings:
 class _SettingsApplier:
     """Applies changed settings to a running proxy, for those that are `reloaded`."""
 
-    def __init__(self, proxy: Proxy, settings: Settings, opened: int) -> None:
+    def __init__(self, proxy: Proxy, settings: Settings, opened: int, *, decides: bool) -> None:
+        """`decides`: it examines new endpoints; otherwise its parent has had them examined."""
         self._proxy = proxy
+        self._decides = decides
         # Descriptors in use before any client connected.
         self._opened = opened
         # In force; fewer connections than configured if there are too few descriptors.
         self.settings = settings
-        self._endpoints = _endpoints(settings)
-        self._moving: asyncio.Task[None] | None = None
+        self._decision = EndpointsDecision(_endpoints(settings))
+        self._examining: asyncio.Task[None] | None = None
 
     def limits(self) -> Mapping[str, float]:
         """Return the limits in force, by setting."""
@@ -234,31 +244,57 @@ class _SettingsApplier:
         logs.configure(settings.log.log_level, settings.log.log_format)
         proxy = self._proxy
         self.settings = within_descriptors(settings, self._opened)
-        proxy.engine.set_limits(core_limits(settings))
+        self._set_core_limits()
         proxy.listener.settings = listener_settings(self.settings)
         proxy.watches.settings = watch_settings(settings)
         proxy.passthrough.configure(passthrough_settings(settings))
-        if _endpoints(settings) != self._endpoints and not settings.upstream.discovery_srv:
-            self._endpoints = _endpoints(settings)
-            self.stop()
-            self._moving = asyncio.get_running_loop().create_task(self._move(*self._endpoints))
+        wanted = _endpoints(settings)
+        if settings.upstream.discovery_srv:
+            # Those from DNS do not change.
+            wanted = wanted._replace(calls=self._decision.in_force.calls)
+        self.stop()
+        self._decision.want(wanted)
+        if (pending := self._decision.pending) is not None and self._decides:
+            self._examining = asyncio.get_running_loop().create_task(self._examine(pending))
+        elif pending is not None:
+            self._decide(ExaminationResult(pending.number, ""))
 
     def stop(self) -> None:
         """Cancel a pending change of endpoints."""
-        if self._moving is not None:
-            self._moving.cancel()
-            self._moving = None
+        if self._examining is not None:
+            self._examining.cancel()
+            self._examining = None
 
-    async def _move(self, endpoints: list[str], watch_endpoints: list[str]) -> None:
-        problem = await self._proxy.set_endpoints(endpoints, watch_endpoints)
-        if problem:
-            log.error("new endpoints rejected; keeping the old ones", endpoints=endpoints, problem=problem)
-        else:
-            log.info("endpoints updated", endpoints=endpoints, watch_endpoints=watch_endpoints)
+    def _set_core_limits(self) -> None:
+        """Some of them follow from whether watches are taken from a proxy now."""
+        upstream = replace(self.settings.upstream, watch_endpoints=self._decision.in_force.watches)
+        self._proxy.engine.set_limits(core_limits(replace(self.settings, upstream=upstream)))
+
+    async def _examine(self, pending: Examination) -> None:
+        problem = await self._proxy.examine_endpoints(*pending.endpoints)
+        self._decide(ExaminationResult(pending.number, problem))
+
+    def _decide(self, result: ExaminationResult) -> None:
+        endpoints = self._decision.examined(result)
+        if endpoints is not None:
+            if not result.problem:
+                self._proxy.set_endpoints(*endpoints)
+                self._set_core_limits()
+            if self._decides:
+                report_endpoints(endpoints, result.problem)
 
 
-def _endpoints(settings: Settings) -> tuple[list[str], list[str]]:
-    return settings.upstream.endpoints, settings.upstream.watch_endpoints
+def report_endpoints(endpoints: EndpointLists, problem: str) -> None:
+    """Log what became of new endpoints."""
+    fields = {"endpoints": endpoints.calls, "watch_endpoints": endpoints.watches}
+    if problem:
+        log.error("new endpoints rejected; keeping the old ones", **fields, problem=problem)
+    else:
+        log.info("endpoints updated", **fields)
+
+
+def _endpoints(settings: Settings) -> EndpointLists:
+    return EndpointLists(settings.upstream.endpoints, settings.upstream.watch_endpoints)
 
 
 class _Signals:

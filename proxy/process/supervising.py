@@ -28,6 +28,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections import deque
 from dataclasses import dataclass, replace
 from typing import Final, NoReturn
 
@@ -36,7 +37,6 @@ import msgspec
 from proxy import logs
 from proxy.admin.aggregate import (
     AllProcesses,
-    EndpointsInForce,
     Heartbeat,
     ParentMessage,
     ProcessReport,
@@ -51,11 +51,13 @@ from proxy.process import serving, shares
 from proxy.process.addresses import cannot_listen
 from proxy.process.child import ChildReady, end_with
 from proxy.process.distributor import ConnectionDistributor
+from proxy.process.endpoints import EndpointLists, EndpointsDecision, ExaminationResult
 from proxy.process.member import ProcessPlace
-from proxy.process.reloading import Reloading
+from proxy.process.reloading import Reloading, hangups_come
 from proxy.process.service_manager import ServiceManager
 from proxy.process.supervision import HUB, LOOK_S_MAX, KillProcess, Phase, StartProcess, StopProcess, Supervision
 from proxy.version import process_identity
+from upstream.watch_route import new_id
 
 PASSED_ON_S: Final = 2.5
 """How often the hub gets the reports of all processes."""
@@ -104,8 +106,6 @@ class _Process:
     """Orders that it has not taken yet: its event loop is busy."""
     ready: ChildReady | None = None
     report: msgspec.Raw | None = None
-    outdated: bool = False
-    """It was started with the endpoints in force; those that are configured were refused, or not used yet."""
 
     def send(self, order: ParentMessage) -> None:
         """Send an order, what it does not take now at the next `flush`: the parent does not wait."""
@@ -127,7 +127,9 @@ class _Supervisor:
         self._workers = shares.count(settings.listener.workers)
         # All processes use the same answer of DNS, and one that is restarted does not need DNS.
         found = asyncio.run(serving.discovered(settings)).upstream
-        self._in_force = EndpointsInForce(found.endpoints, found.watch_endpoints)
+        self._decision = EndpointsDecision(EndpointLists(found.endpoints, found.watch_endpoints))
+        self._whole_id = new_id()
+        self._cluster_id = 0
         self._state = Supervision(self._workers, random.random, settings.listener.drain_s)
         self._processes: dict[str, _Process] = {}
         # By name, the counters of processes that have ended.
@@ -149,6 +151,9 @@ class _Supervisor:
             self._metrics = self._bind(parse_metrics_address(settings.admin.metrics_addr), "--metrics-addr")
         self._selector = selectors.DefaultSelector()
         self._distributor = ConnectionDistributor(self._clients, self._selector, self._state.takers)
+        # Signals that have come; and how many of them asked for a stop.
+        self._signals: deque[int] = deque()
+        self._stops = 0
         self._woken, self._waking = socket.socketpair()
         for each in (self._woken, self._waking):
             each.setblocking(False)
@@ -167,24 +172,19 @@ class _Supervisor:
     def run(self, read_again: serving.ReadAgain) -> int:
         """Supervise until all processes are gone; return the exit code."""
         reloading = Reloading(self._settings, self._apply)
-        stops = 0
-
-        def stopping(_number: int, _frame: object) -> None:
-            nonlocal stops
-            stops += 1
-            self._stop(again=stops > 1)
-
-        signal.signal(signal.SIGTERM, stopping)
-        signal.signal(signal.SIGINT, stopping)
-        signal.signal(signal.SIGHUP, lambda *_: reloading.reload(read_again))
+        # Only noted: a signal may come in the middle of anything.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda number, _frame: self._signals.append(number))
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._waking.fileno(), warn_on_full_buffer=False)
+        hangups_come()
         self._selector.register(self._woken, selectors.EVENT_READ, self._drain_wakeups)
         if self._own_parent is not None:
             self._selector.register(self._own_parent, selectors.EVENT_READ, self._own_parent_said)
         gc.collect()
         gc.freeze()
         while self._state.phase is not Phase.GONE:
+            self._follow_signals(reloading, read_again)
             self._act()
             if self._state.phase is Phase.RUN:
                 self._distributor.arrange(time.monotonic())
@@ -196,6 +196,16 @@ class _Supervisor:
             self._notify()
         log.info("stopped")
         return self._code
+
+    def _follow_signals(self, reloading: Reloading, read_again: serving.ReadAgain) -> None:
+        while self._signals:
+            number = self._signals.popleft()
+            if number != signal.SIGHUP:
+                self._stops += 1
+                self._stop(again=self._stops > 1)
+                reloading.stop()
+            elif signal.SIGHUP not in self._signals:
+                reloading.reload(read_again)
 
     def _timeout_s(self) -> float:
         alive_at = self._alive_at if self._announced and self._manager.interval_s else None
@@ -250,6 +260,8 @@ class _Supervisor:
         self._processes[name] = process
         self._selector.register(process.socket, selectors.EVENT_READ, lambda: self._read(name))
         self._state.started(name, time.monotonic())
+        if name == HUB:
+            self._examine()
         starts = self._state.processes[name].starts
         if starts > 1:
             log.warning("process restarted", name=name, pid=process.pid, starts=starts)
@@ -273,7 +285,7 @@ class _Supervisor:
                 ours.close()
                 self._become(name, theirs, listening)
             failed.pop_all()
-            return _Process(pid, ours, outdated=self._in_force != self._wanted())
+            return _Process(pid, ours)
 
     def _become(self, name: str, theirs: socket.socket, listening: Listening) -> NoReturn:
         """Be a process from now on. Does not return."""
@@ -314,16 +326,13 @@ class _Supervisor:
             place = ProcessPlace(name, listening, metrics=self._metrics, whole=whole)
         else:
             place = ProcessPlace(name, listening, hub=f"http+unix://{self._hub_path}")
-        return uvloop.run(serving.serve(self._part(name, self._in_force), [], fd, None, place))
+        place = replace(place, whole_id=self._whole_id, cluster_id=self._cluster_id)
+        return uvloop.run(serving.serve(self._part(name), [], fd, None, place))
 
-    def _part(self, name: str, endpoints: EndpointsInForce) -> Settings:
-        """Return the settings of a process, with these endpoints."""
-        upstream = replace(
-            self._settings.upstream,
-            discovery_srv="",
-            endpoints=endpoints.endpoints,
-            watch_endpoints=endpoints.watch_endpoints,
-        )
+    def _part(self, name: str) -> Settings:
+        """Return the settings of a process, with the endpoints in force."""
+        calls, watches = self._decision.in_force
+        upstream = replace(self._settings.upstream, discovery_srv="", endpoints=calls, watch_endpoints=watches)
         settings = replace(self._settings, upstream=upstream)
         if name == HUB:
             return shares.hub_settings(settings, self._workers, self._hub_path)
@@ -374,11 +383,9 @@ class _Supervisor:
             beat = msgspec.json.decode(line, type=Heartbeat)
             process.report = beat.report
             if name == HUB:
-                self._in_force = beat.endpoints
-            if process.outdated and not beat.problem:
-                # It knows its cluster now, so it refuses those of another one.
-                process.outdated = False
-                process.send(self._change(name))
+                self._cluster_id = beat.cluster_id or self._cluster_id
+                if beat.examined is not None:
+                    self._decide(beat.examined)
             self._state.reported(name, time.monotonic(), problem=beat.problem, hung=beat.hung)
             if name != HUB:
                 self._distributor.reported(name, beat.open, beat.taken, beat.load)
@@ -421,7 +428,7 @@ class _Supervisor:
             "serving",
             **process_identity(),
             address=self._settings.listener.advertise_client_url or str(address),
-            endpoints=self._in_force.endpoints,
+            endpoints=self._decision.in_force.calls,
             workers=self._workers,
             **({"metrics": f"http://{metrics}/metrics"} if metrics else {}),
         )
@@ -434,16 +441,27 @@ class _Supervisor:
         self._settings = settings
         self._state.drain_s = settings.listener.drain_s
         logs.configure(settings.log.log_level, settings.log.log_format)
+        self._pass_on()
+        upstream = settings.upstream
+        # Those from DNS do not change.
+        calls = self._decision.in_force.calls if upstream.discovery_srv else upstream.endpoints
+        self._decision.want(EndpointLists(calls, upstream.watch_endpoints))
+        self._examine()
+
+    def _pass_on(self) -> None:
+        """Send all processes the settings and endpoints in force."""
         for name, process in self._processes.items():
-            process.send(self._change(name))
+            theirs = base64.b64encode(pickle.dumps(self._part(name))).decode()
+            process.send(ParentMessage(settings=theirs, limits=limits(self._settings)))
 
-    def _change(self, name: str) -> ParentMessage:
-        """Return the message that gives a process the settings in force, and the endpoints that are wanted."""
-        theirs = pickle.dumps(self._part(name, self._wanted()))
-        return ParentMessage(settings=base64.b64encode(theirs).decode(), limits=limits(self._settings))
+    def _examine(self) -> None:
+        """Let the hub examine new endpoints, if there are some."""
+        if self._decision.pending is not None and HUB in self._processes:
+            self._processes[HUB].send(ParentMessage(examine=self._decision.pending))
 
-    def _wanted(self) -> EndpointsInForce:
-        """The endpoints that are configured; those from DNS do not change."""
-        upstream = self._settings.upstream
-        endpoints = self._in_force.endpoints if upstream.discovery_srv else upstream.endpoints
-        return EndpointsInForce(endpoints, upstream.watch_endpoints)
+    def _decide(self, result: ExaminationResult) -> None:
+        endpoints = self._decision.examined(result)
+        if endpoints is not None:
+            serving.report_endpoints(endpoints, result.problem)
+            if not result.problem:
+                self._pass_on()

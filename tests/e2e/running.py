@@ -42,6 +42,14 @@ async def proxy_for(etcd: EtcdServer | str, failures: int = 0, **settings: Any) 
         assert proxy.engine.stats.failures == failures
 
 
+async def change_endpoints(proxy: Proxy, endpoints: Sequence[str], watch_endpoints: Sequence[str] = ()) -> str:
+    """Switch to other endpoints unless there is a reason against them, which is returned."""
+    problem = await proxy.examine_endpoints(endpoints, watch_endpoints)
+    if not problem:
+        proxy.set_endpoints(endpoints, watch_endpoints)
+    return problem
+
+
 TIERS: Final = int(os.environ.get("TIERS", "1"))
 """TIERS=2: each proxy of the tests takes its watches from another one that stands in front of the same etcd."""
 

@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]  # the pac
 
 from proxy.admin.health import WATCH
 from tests.e2e.raw_client import RawClient
-from tests.e2e.running import proxy_for
+from tests.e2e.running import change_endpoints, proxy_for
 from tests.etcd.binaries import EtcdBinary
 from tests.etcd.cluster import cluster
 from tests.etcd.server import EtcdServer, free_port
@@ -35,7 +35,7 @@ async def test_watches_move_to_other_members_unnoticed() -> None:
         writer = Writer(members.endpoints)
         streams = [(await client.open_watch(PREFIX, PREFIX_END, start, []), start) for start in (0, 1)]
         await writer.more(30)
-        assert await proxy.set_endpoints([member.endpoint for member in others]) == ""
+        assert await change_endpoints(proxy, [member.endpoint for member in others]) == ""
         addresses = {member.endpoint for member in others}
         await until_async(
             lambda: proxy.upstream.server is not None and proxy.upstream.server[0] in addresses, "watches to move"
@@ -56,7 +56,7 @@ async def test_endpoints_of_another_cluster_are_refused(etcd: EtcdServer, etcd_b
     with EtcdServer(etcd_binary, ["--initial-cluster-token=another"]) as other:
         async with proxy_for(etcd) as proxy:
             await until_async(lambda: proxy.health.serving, "the proxy to find etcd")
-            problem = await proxy.set_endpoints([etcd.endpoint, other.endpoint])
+            problem = await change_endpoints(proxy, [etcd.endpoint, other.endpoint])
             assert problem.startswith(f"{other.endpoint} belongs to another cluster")
             assert [state.endpoint for state in proxy.pool.states()] == [etcd.endpoint]
             assert [endpoint.text for endpoint in proxy.endpoints] == [etcd.endpoint]
@@ -68,7 +68,7 @@ async def test_unreachable_new_endpoints_do_not_replace_the_old(etcd: EtcdServer
     async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
         await until_async(lambda: proxy.health.serving, "the proxy to find etcd")
         for _ in range(2):
-            assert await proxy.set_endpoints([nowhere]) == ""
+            assert await change_endpoints(proxy, [nowhere]) == ""
         stream = client.watch()
         stream.create(b"e")
         assert (await stream.next()).created
@@ -78,7 +78,7 @@ async def test_unreachable_new_endpoints_do_not_replace_the_old(etcd: EtcdServer
         await asyncio.to_thread(etcd.stop)
         await until_async(lambda: not proxy.health.serving, "the proxy to notice")
         await asyncio.to_thread(etcd.start)
-        assert await proxy.set_endpoints([f"localhost:{etcd.endpoint.rpartition(':')[2]}"]) == ""
+        assert await change_endpoints(proxy, [f"localhost:{etcd.endpoint.rpartition(':')[2]}"]) == ""
         await until_async(lambda: proxy.health.serving, "the proxy to find etcd again")
         await asyncio.to_thread(etcd.ctl, "put", "e", "1")
         assert [event.kv.value for event in (await stream.next()).events] == [b"1"]

@@ -11,7 +11,7 @@ import grpc.aio
 from coalesce.ending import OTHER_HISTORY
 from proxy.server import Proxy, ProxySettings
 from tests.e2e.raw_client import RawClient
-from tests.e2e.running import direct, proxy_for, two_tiers
+from tests.e2e.running import change_endpoints, direct, proxy_for, two_tiers
 from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.faults.relay import relay_to
 from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept
@@ -160,7 +160,7 @@ async def test_a_loop_of_watch_endpoints_is_named(etcd: EtcdServer) -> None:
         assert not other.upstream.connected
         # One of them gets another hub: all of them serve.
         hub = await stack.enter_async_context(proxy_for(etcd, watch_endpoints=[]))
-        assert await loop[2].set_endpoints([etcd.endpoint], [f"{HOST}:{hub.port}"]) == ""
+        assert await change_endpoints(loop[2], [etcd.endpoint], [f"{HOST}:{hub.port}"]) == ""
         everyone = (*loop, other)
         await until_async(lambda: all(proxy.health.serving for proxy in everyone), "all to serve", 20)
 
@@ -185,9 +185,9 @@ async def test_a_hub_without_etcd_is_left_for_another_one(etcd: EtcdServer) -> N
         ):
             await until_async(lambda: leaf.upstream.connected, "the leaf to use a hub")
             if not uses(leaf, hubs[0]):
-                assert await leaf.set_endpoints([etcd.endpoint], hubs[:1]) == ""
+                assert await change_endpoints(leaf, [etcd.endpoint], hubs[:1]) == ""
                 await until_async(lambda: uses(leaf, hubs[0]), "the first hub", 20)
-                assert await leaf.set_endpoints([etcd.endpoint], hubs) == ""
+                assert await change_endpoints(leaf, [etcd.endpoint], hubs) == ""
             streams = [(await client.open_watch(PREFIX, PREFIX_END, 1), 1)]
             writer = Writer(etcd.endpoint, 0.002)
             await writer.more(20)

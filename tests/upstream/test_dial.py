@@ -50,7 +50,9 @@ async def test_cancelled_status_request_leaves_no_connection(turns: int) -> None
     async with scripted() as one, scripted() as silent, asyncio.timeout(20):
         silent.on_message = lambda _call, _message: None
         dialer = Dialer([], None, UpstreamSettings(), RecordedLog(), lambda: None)
-        question = asyncio.create_task(dialer.cluster_ids(parse_endpoints([one.endpoint, silent.endpoint])))
+        question = asyncio.create_task(
+            dialer.examine(parse_endpoints([one.endpoint, silent.endpoint]), 0, are_proxies=False)
+        )
         await until_async(lambda: bool(one.asked and silent.asked), "both to be asked")
         asyncio.get_running_loop().call_soon(after_turns, turns, question)
         await asyncio.gather(question, return_exceptions=True)

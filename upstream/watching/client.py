@@ -28,14 +28,14 @@ from proto.scan import WatchResponse, scan_watch_response
 from upstream.connection import ClientConnection
 from upstream.connections import Connections, settings_after
 from upstream.credentials import Credentials
-from upstream.dial import Dialer, Server, ServerInUse, any_of
+from upstream.dial import Dialer, Examined, Server, ServerInUse, any_of
 from upstream.endpoints import Endpoint
 from upstream.errors import CallFailed, Logger, NullLogger, Unreachable
 from upstream.namespace import Namespace
 from upstream.settings import UpstreamSettings
 from upstream.transport import Cork
 from upstream.unary import HAS_LEADER, Metadata
-from upstream.watch_route import Route
+from upstream.watch_route import Route, RouteIds
 from upstream.watching import effects as watch_effects
 from upstream.watching.call import UpstreamWatchCall
 from upstream.watching.choice import EndpointPolicy, SearchGoal, on_stream_end
@@ -62,19 +62,23 @@ class WatchClient:
         log: Logger | None = None,
         credentials: Credentials | None = None,
         namespace: Namespace | None = None,
-        route: bytes = b"",
+        ids: RouteIds | None = None,
+        *,
+        are_proxies: bool = False,
     ) -> None:
         """`credentials`: the proxy's own user, whose token trunks are watched with; without it each watch uses its own.
-        `namespace`: the prefix of the watches' keys at etcd. `route`: see `Dialer`.
+        `namespace`: the prefix of the watches' keys at etcd. `ids`, `are_proxies`: see `Dialer`.
         """
         self._settings = settings or UpstreamSettings()
         self._listener = listener
         self._log = log or NullLogger()
         self._state = WatchState(namespace, self._settings.watch_message_bytes_max)
-        self._state.late_progress = bool(route)
+        self._state.late_progress = are_proxies
         # Reads a response; with a namespace, all watches are in it.
         self.scan = scan_watch_response if namespace is None else namespace.scan
-        self._dialer = Dialer(endpoints, tls, self._settings, self._log, self._attempt_failed, route)
+        self._dialer = Dialer(
+            endpoints, tls, self._settings, self._log, self._attempt_failed, ids, are_proxies=are_proxies
+        )
         # The server in use; None while there is none.
         self._server: Server | None = None
         # The connections to it, and the streams that wait for a place there.
@@ -84,13 +88,13 @@ class WatchClient:
         self._lost = asyncio.Event()
         # Set when the endpoints change.
         self._moved = asyncio.Event()
-        # The id of the watched cluster; None while no server has returned it.
-        self._cluster_id: int | None = None
+        # The id of the watched cluster; 0 while no server has returned it.
+        self.cluster_id = 0
         status_s = self._settings.status_timeout_s
         self._history = HistoryCheck(self._own, status_s, self._log, listener.other_history)
         self._own_user = OwnUserLogin(credentials, self._own, status_s, self._log, self._logged_in)
         self._choice = EndpointPolicy()
-        self._route = RouteCheck(self._dialer, self._cut_off)
+        self._route = RouteCheck(self._dialer, self._cut_off, self._give_up)
         self._task: asyncio.Task[None] | None = None
         # The next call of `_look_again`.
         self._look: asyncio.TimerHandle | None = None
@@ -165,8 +169,16 @@ class WatchClient:
     @property
     def loop(self) -> str:
         """The problem of proxies that take their watches from each other; "" when there is none."""
-        found = "" if self._server else next((target.loop for target in self._dialer.targets if target.loop), "")
-        return found and f"watchmux: watches lead back to this proxy, in a loop: {found}; check --watch-endpoints"
+        found = None if self._server else next((target for target in self._dialer.targets if target.loop), None)
+        if found is None:
+            return ""
+        flag = "--watch-endpoints" if found.is_proxy else "--endpoints"
+        return f"watchmux: watches lead back to this proxy, in a loop: {found.loop}; check {flag}"
+
+    @property
+    def looping(self) -> list[str]:
+        """The endpoints at which calls lead back to this proxy, as far as the search for a server has found them."""
+        return [each.endpoint.text for each in self._dialer.targets if each.loop and not each.is_proxy]
 
     @property
     def onward(self) -> Route:
@@ -232,13 +244,9 @@ class WatchClient:
         self._state.newest_revision = revision
         self._history.went_back(self._server)
 
-    async def find_foreign_cluster(self, endpoints: Sequence[Endpoint]) -> str | None:
-        """Return the first endpoint of another cluster than the watched one; None: all that answer are of it."""
-        known = self._cluster_id
-        if known is None:
-            return None
-        clusters = await self._dialer.cluster_ids(endpoints)
-        return next((text for text, cluster_id in clusters.items() if cluster_id != known), None)
+    async def examine(self, endpoints: Sequence[Endpoint], *, are_proxies: bool = False) -> Examined:
+        """Try each endpoint once, and compare their cluster with the watched one."""
+        return await self._dialer.examine(endpoints, self.cluster_id, are_proxies=are_proxies)
 
     def set_endpoints(self, endpoints: Sequence[Endpoint], *, are_proxies: bool = False) -> None:
         """Replace the list of endpoints by another one of the same cluster; watches stay at the server in use until one
@@ -248,7 +256,7 @@ class WatchClient:
         """
         # Not reset: streams at a proxy may live on.
         self._state.late_progress |= are_proxies
-        self._dialer.set_endpoints(endpoints)
+        self._dialer.set_endpoints(endpoints, are_proxies)
         self._moved.set()
 
     # Streams.
@@ -351,7 +359,7 @@ class WatchClient:
         self._look_later()
         if self._server is not None:
             self._history.look(self._server, self._state.newest_revision)
-            if self._dialer.has_route and not self._choice.cut_off:
+            if not self._choice.cut_off:
                 self._route.look(self._server, self._own(self._server))
         self._look_at_creates()
 
@@ -479,7 +487,7 @@ class WatchClient:
         revision = 0
         if server.header is not None:
             revision = server.header.revision
-            self._cluster_id = server.header.cluster_id
+            self.cluster_id = server.header.cluster_id
             self._listener.header_seen(server.header)
         self._apply(self._state.connect(server.ordered_progress, revision))
         self._leader_call.use(not self.leaderless)

@@ -57,6 +57,14 @@ def test_invalid_settings_change_nothing() -> None:
     assert not applied
 
 
+def test_a_proxy_that_stops_reloads_nothing() -> None:
+    applied: list[Settings] = []
+    reloading = Reloading(Settings(), applied.append)
+    reloading.stop()
+    reloading.reload(lambda: (changed("watch.watches_max", 5), []))
+    assert not applied
+
+
 def test_a_running_proxy_applies_limits_and_log_level(tmp_path: Path, etcd: EtcdServer) -> None:
     file = tmp_path / "watchmux.toml"
     text = f'[upstream]\nendpoints = ["{etcd.endpoint}"]\n'

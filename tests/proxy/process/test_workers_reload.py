@@ -23,7 +23,9 @@ from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct
 from tests.etcd.secure import SecureEtcdServer, secure_options
 from tests.etcd.server import HOST, EtcdServer
+from tests.faults.relay import relay_to
 from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept
+from tests.faults.test_workers import started
 from tests.proxy.listening.test_tls import RANGE, renew, shown
 from tests.proxy_process import ProxyProcess
 from tests.upstream.certificates import Certificates, make_certificates
@@ -47,17 +49,40 @@ class Settings:
         self.file.write_text(f'[upstream]\nendpoints = ["{endpoints}"]\n{rest}')
 
     def count(self, message: str) -> int:
-        """Return how many lines of the log have a message."""
+        """Return how often the parent has logged a message."""
         assert self.proxy is not None
-        return sum(f'"msg": "{message}"' in line for line in self.proxy.log().splitlines())
+        lines = self.proxy.log().splitlines()
+        return sum(f'"msg": "{message}"' in line and '"process": "parent"' in line for line in lines)
 
-    async def reload(self, message: str, processes: int = PROCESSES) -> None:
-        """Send SIGHUP; wait until so many processes have logged a message."""
+    async def reload(self, message: str) -> None:
+        """Send SIGHUP; wait until the parent has logged a message."""
         before = self.count(message)
         assert self.proxy is not None
         assert self.proxy.process is not None
         self.proxy.process.send_signal(signal.SIGHUP)
-        await until_async(lambda: self.count(message) == before + processes, message, 20)
+        await until_async(lambda: self.count(message) == before + 1, message, 20)
+
+
+HANGUPS = """
+import os, signal, sys
+from proxy.cli import apart, main
+next_file = sys.argv[1]
+sys.argv = sys.argv[4:]
+read, read_again = apart._read_by_a_fork, apart._read_again
+def starting(arguments):
+    found = read(arguments)
+    os.kill(os.getpid(), signal.SIGHUP)
+    return found
+def reloading(arguments):
+    found = read_again(arguments)
+    if os.path.exists(next_file):
+        os.replace(next_file, next_file.removesuffix(".next"))
+        os.kill(os.getpid(), signal.SIGHUP)
+    return found
+apart._read_by_a_fork, apart._read_again = starting, reloading
+main()
+"""
+"""`serve`, to which SIGHUP comes during its start, and during a reload if there is a next version of its file."""
 
 
 @pytest.fixture
@@ -65,7 +90,9 @@ def settings(etcd: EtcdServer, tmp_path: Path) -> Iterator[Settings]:
     """A proxy with two workers and a configuration file."""
     made = Settings(tmp_path / "watchmux.toml")
     made.write(etcd.endpoint)
-    with ProxyProcess("", ["--workers=2", "--drain=1s", f"--config={made.file}"]) as made.proxy:
+    made.proxy = ProxyProcess("", ["--workers=2", "--drain=1s", f"--config={made.file}"])
+    made.proxy.prefix = [sys.executable, "-c", HANGUPS, f"{made.file}.next"]
+    with made.proxy:
         until(lambda: len(running(made).processes()) == PROCESSES, "all processes", 20)
         yield made
 
@@ -85,19 +112,33 @@ async def restarted(proxy: ProxyProcess, name: str) -> None:
 
 async def test_endpoints_covers_and_limits_change_for_all(etcd: EtcdServer, settings: Settings) -> None:
     proxy = running(settings)
+    assert settings.count("settings reloaded") == 1, "that of the SIGHUP during the start"
     writer = Writer(etcd.endpoint, 0.005)
     async with await RawClient.connect(proxy.port) as one, await RawClient.connect(proxy.port) as two:
         streams = [(await client.open_watch(PREFIX, PREFIX_END, 1), 1) for client in (one, two)]
         other = f"localhost:{etcd.client_port}"
+        # To all processes, as `pkill -HUP watchmux` sends it: only the parent's counts, and none ends.
+        before = await asyncio.to_thread(proxy.processes)
+        for pid in before.values():
+            os.kill(pid, signal.SIGHUP)
         settings.write(other, '[watch]\ncover = ["/p/"]\nwatches_max = 100\n')
         await settings.reload("endpoints updated")
+        assert await asyncio.to_thread(proxy.processes) == before
         await until_async(lambda: proxy.overview()["limits"]["watches_max"] == 100, "the limit of the whole")
         keys = [await client.open_watch(PREFIX + b"%d" % number) for number, client in enumerate((one, two))]
         await until_async(lambda: etcd.watchers() == 1, "one watch of the cover", 20)
         await writer.more(10)
         await until_async(lambda: all(key.values for key in keys), "events of the keys")
         settings.file.write_text("[watch\n")
-        await settings.reload("invalid settings; nothing changed", 1)
+        await settings.reload("invalid settings; nothing changed")
+        # The file changes again while it is read: the newest one counts.
+        settings.write(other, "[watch]\nwatches_max = 200\n")
+        settings.file.rename(f"{settings.file}.next")
+        settings.write(other, "[watch]\nwatches_max = 300\n")
+        before_it = settings.count("settings reloaded")
+        await settings.reload("settings reloaded")
+        await until_async(lambda: settings.count("settings reloaded") == before_it + 2, "both reloads")
+        await until_async(lambda: proxy.overview()["limits"]["watches_max"] == 200, "the newest limit")
         # A process that starts later uses the endpoints of now, also the hub.
         await restarted(proxy, "hub")
         await until_async(
@@ -107,8 +148,8 @@ async def test_endpoints_covers_and_limits_change_for_all(etcd: EtcdServer, sett
         await all_kept(streams, etcd.endpoint, await writer.stop())
 
 
-async def test_a_hub_restarts_with_the_endpoints_in_force(etcd: EtcdServer, settings: Settings) -> None:
-    """Not with those of another cluster, which all processes have refused."""
+async def test_refused_endpoints_are_used_by_no_process(etcd: EtcdServer, settings: Settings) -> None:
+    """Those of another cluster, also by a hub that is restarted; and the address of its own workers."""
     proxy = running(settings)
     with EtcdServer(etcd.binary, ["--initial-cluster-token=another"]) as foreign:
         async with await RawClient.connect(proxy.port) as client:
@@ -119,24 +160,46 @@ async def test_a_hub_restarts_with_the_endpoints_in_force(etcd: EtcdServer, sett
             async with direct(etcd) as calls:
                 await calls.put(PREFIX + b"1", b"1")
             await until_async(lambda: stream.values == [b"1"], "the event", 20)
-            await until_async(
-                lambda: settings.count("new endpoints rejected; keeping the old ones") == PROCESSES + 1,
-                "the new hub to refuse them too",
-                20,
-            )
+            # The new hub knows the cluster of the last one.
+            await settings.reload("new endpoints rejected; keeping the old ones")
             assert foreign.watchers() == 0
+            for rest in ("", f'watch_endpoints = ["{proxy.endpoint}"]\n'):
+                settings.write(etcd.endpoint if rest else proxy.endpoint, rest)
+                await settings.reload("new endpoints rejected; keeping the old ones")
+                assert f"lead back to this proxy, in a loop: {proxy.endpoint};" in proxy.log()
+                settings.write(etcd.endpoint)
+                await settings.reload("settings reloaded")
+            async with direct(etcd) as calls:
+                await calls.put(PREFIX + b"1", b"2")
+            await until_async(lambda: stream.values == [b"1", b"2"], "the next event", 20)
 
 
-def test_a_sighup_to_all_processes_ends_none(settings: Settings) -> None:
-    """As `pkill -HUP watchmux` sends it."""
-    proxy = running(settings)
-    before = proxy.processes()
-    assert proxy.process is not None
-    for pid in (*before.values(), proxy.process.pid):
-        os.kill(pid, signal.SIGHUP)
-    until(lambda: settings.count("settings reloaded"), "the parent to reload")
-    assert proxy.processes() == before
-    assert settings.count("process restarted") == 0
+async def test_a_hub_that_dies_during_a_change(etcd: EtcdServer, tmp_path: Path) -> None:
+    """After its answer, then before it. The old endpoints are dead: its successor and the workers use the new ones."""
+    settings = Settings(tmp_path / "watchmux.toml")
+    async with contextlib.AsyncExitStack() as stack:
+        first, second, third = [await stack.enter_async_context(relay_to(etcd.client_port)) for _ in range(3)]
+        settings.write(first.endpoint)
+        flags = ["--workers=2", "--drain=1s", f"--config={settings.file}"]
+        settings.proxy = proxy = await stack.enter_async_context(started("", flags))
+        client = await stack.enter_async_context(await RawClient.connect(proxy.port))
+        calls = await stack.enter_async_context(direct(etcd))
+        stream = await client.open_watch(PREFIX, PREFIX_END)
+        third.half_open()
+        # The second time the hub has not answered yet.
+        changes = ((first, second, "endpoints updated"), (second, third, "settings reloaded"))
+        for count, (old, new, logged) in enumerate(changes, 1):
+            hub = await asyncio.to_thread(until, lambda: proxy.processes().get("hub"), "its process id", 20)
+            old.cut()
+            settings.write(new.endpoint)
+            await settings.reload(logged)
+            assert hub is not None
+            os.kill(hub, signal.SIGKILL)
+            new.mend()
+            await until_async(lambda n=count: settings.count("endpoints updated") == n, "an answer", 20)  # type: ignore[misc]
+            await calls.put(PREFIX + b"1", b"1")
+            await until_async(lambda n=count: len(stream.values) == n, "the event", 20)  # type: ignore[misc]
+        assert settings.count("process restarted") == 2
 
 
 def new_client(files: Certificates, authority: trustme.CA) -> None:
