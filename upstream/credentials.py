@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
-from google.protobuf.message import DecodeError
-
 from proto import etcd_errors
-from proto.pb import rpc_pb2
+from proto.fields import ScanError
+from proto.messages import decode_token, encode_login
 from upstream.connection import ClientConnection, NotSent
 from upstream.errors import CallFailed, Logger
 from upstream.unary import call_unary
@@ -33,18 +32,18 @@ async def log_in(connection: ClientConnection, credentials: Credentials, timeout
 
     None without a log message when auth is off.
     """
-    request = rpc_pb2.AuthenticateRequest(name=credentials.user, password=credentials.password)
+    request = encode_login(credentials.user, credentials.password)
     try:
-        answer, _ = await call_unary(connection, AUTHENTICATE_PATH, request.SerializeToString(), (), timeout_s)
-        token: str = rpc_pb2.AuthenticateResponse.FromString(answer).token
+        answer, _ = await call_unary(connection, AUTHENTICATE_PATH, request, (), timeout_s)
+        token = decode_token(answer)
     except CallFailed as error:
         if error.text != etcd_errors.AUTH_NOT_ENABLED:
             _complain(log, credentials, error)
-    except (NotSent, DecodeError) as error:
+    except (NotSent, ScanError) as error:
         _complain(log, credentials, error)
     else:
         if token:
-            return token.encode()
+            return token
     return None
 
 

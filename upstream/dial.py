@@ -14,11 +14,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
-from google.protobuf.message import DecodeError
-
 from proto.etcd_errors import is_auth_refusal
+from proto.fields import ScanError
 from proto.framing import Status
-from proto.pb import rpc_pb2
+from proto.messages import MemberStatus, decode_status
 from proto.scan import Header
 from upstream.connecting import connect
 from upstream.connection import ClientConnection, NotSent
@@ -45,18 +44,16 @@ def has_ordered_progress(version: str) -> bool:
     return numbers >= (3, 5, 13) or (3, 4, 31) <= numbers < (3, 5, 0)
 
 
-def _position_of(status: rpc_pb2.StatusResponse) -> RaftPosition:
-    header = status.header
-    seen = Header.make(header.cluster_id, header.member_id, header.revision, header.raft_term)
-    return RaftPosition(seen, status.raftAppliedIndex, status.raftIndex)
+def _position_of(status: MemberStatus) -> RaftPosition:
+    return RaftPosition(status.header, status.raft_applied_index, status.raft_index)
 
 
 async def read_position(connection: ClientConnection, timeout_s: float) -> RaftPosition | None:
     """Read a server's position from its status; None when it does not answer."""
     try:
         answer, _ = await call_unary(connection, STATUS_PATH, b"", (), timeout_s)
-        return _position_of(rpc_pb2.StatusResponse.FromString(answer))
-    except (NotSent, CallFailed, DecodeError):
+        return _position_of(decode_status(answer))
+    except (NotSent, CallFailed, ScanError):
         return None
 
 
@@ -325,10 +322,10 @@ class Dialer:
         """Read a server's status. Raises Unreachable when it cannot be used for watches."""
         where = server.target.endpoint.text
         try:
-            status = rpc_pb2.StatusResponse.FromString(await self.read_status(server.target, server.connection))
+            status = decode_status(await self.read_status(server.target, server.connection))
         except NotSent as error:
             raise Unreachable(where, str(error), "check that etcd runs there") from None
-        except DecodeError:
+        except ScanError:
             raise Unreachable(where, "its status cannot be read", "check that it is an etcd") from None
         except CallFailed as error:
             if is_auth_refusal(error.status, error.text):
@@ -344,7 +341,7 @@ class Dialer:
             limit = "status_timeout_s" if error.status == Status.DEADLINE_EXCEEDED else ""
             what = f"it did not return its status ({error})"
             raise Unreachable(where, what, "check that etcd is up", limit) from None
-        if status.isLearner:
+        if status.is_learner:
             raise Unreachable(where, "it is a learner, which serves no watches", "promote it or leave it out")
         server.version = status.version
         server.ordered_progress = has_ordered_progress(status.version)

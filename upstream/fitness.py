@@ -13,11 +13,10 @@ from __future__ import annotations
 from enum import Enum
 from typing import Final
 
-from google.protobuf.message import DecodeError
-
 from proto import etcd_errors
+from proto.fields import ScanError
 from proto.framing import Status
-from proto.pb import rpc_pb2
+from proto.messages import decode_status
 from upstream.connection import ClientConnection, NotSent
 from upstream.errors import CallFailed
 from upstream.heads import IN_A_LOOP
@@ -55,17 +54,17 @@ async def read_fitness(connection: ClientConnection, timeout_s: float, ids: Rout
     """
     try:
         answer, _ = await call_unary(connection, STATUS_PATH, b"", ids.metadata(False), timeout_s)
-        status = rpc_pb2.StatusResponse.FromString(answer)
+        status = decode_status(answer)
     except CallFailed as error:
         where, route = connection.endpoint.text, parse(error.text)
         if route and isinstance(loop := unusable(where, route, ids.calls, False), LoopOfProxies):
             raise loop from None
         return Fitness.SERVES
-    except (NotSent, DecodeError):
+    except (NotSent, ScanError):
         return Fitness.SERVES
     if not status.version:
         # Not an etcd: a service that answers any call.
         return Fitness.SERVES
-    if status.isLearner:
+    if status.is_learner:
         return Fitness.LEARNER
     return Fitness.SERVES if status.leader else Fitness.NO_LEADER

@@ -12,16 +12,19 @@ incremented, so that a prefix that ends in 0xff does not include keys of the nex
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from proto.pb import kv_pb2, rpc_pb2
 from proto.scan import WatchResponse, scan_watch_response
 from proto.spans import FROM_KEY, prefix_end
+
+if TYPE_CHECKING:
+    from proto.pb import kv_pb2
 
 
 class Namespace:
     """One prefix, and the translation of keys, ranges and messages."""
 
-    __slots__ = ("end", "prefix")
+    __slots__ = ("_message", "end", "prefix")
 
     def __init__(self, prefix: bytes) -> None:
         """`prefix` must not be empty."""
@@ -29,6 +32,9 @@ class Namespace:
         self.prefix = prefix
         # The first key after the namespace; "\0" when there is none.
         self.end = prefix_end(prefix)
+        from proto.pb import rpc_pb2  # loads protobuf, so only with a namespace
+
+        self._message = rpc_pb2.WatchResponse
 
     def key(self, key: bytes) -> bytes:
         """Return a client's key as it is at etcd; an empty key stays empty."""
@@ -60,7 +66,7 @@ class Namespace:
         """
         response = scan_watch_response(data)
         if response.events:
-            message = rpc_pb2.WatchResponse.FromString(b"".join([event.encoded for event in response.events]))
+            message = self._message.FromString(b"".join([event.encoded for event in response.events]))
             for event in message.events:
                 self.strip(event.kv)
                 if event.HasField("prev_kv"):

@@ -3,22 +3,16 @@
 SERVING means that etcd is reachable, the proxy is not draining, and the self-probe is answered
 (proxy/admin/self_probe.py). The service runs on the same event loop as the watches, so a proxy whose event loop is
 blocked does not answer at all, and probes time out.
-The messages come from grpcio's health package, without grpc itself, which the proxy process never loads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from google.protobuf.message import DecodeError
-from grpc_health.v1.health_pb2 import (  # type: ignore[import-untyped]  # the package has no type stubs
-    HealthCheckRequest,
-    HealthCheckResponse,
-    HealthListResponse,
-)
-
+from proto.fields import ScanError
 from proto.framing import FramingError, MessageReader, Status, frame
 from proto.http2 import Stream
+from proto.messages import decode_health_request, encode_health, encode_health_list
 from proxy.listening.calls import ConnectionHandle, Headers, RequestHead, ServerCall
 
 CHECK = b"/grpc.health.v1.Health/Check"
@@ -36,9 +30,10 @@ NO_REQUEST = "the request message is missing"
 SERVICES = ("", "etcdserverpb.Watch", "grpc.health.v1.Health")
 """The known services: the whole server ("", the name that etcd registers), and those the proxy implements itself."""
 
-SERVING: int = HealthCheckResponse.SERVING
-NOT_SERVING: int = HealthCheckResponse.NOT_SERVING
-SERVICE_UNKNOWN: int = HealthCheckResponse.SERVICE_UNKNOWN
+SERVING = 1
+NOT_SERVING = 2
+SERVICE_UNKNOWN = 3
+"""A HealthCheckResponse's status (grpc/health/v1/health.proto)."""
 
 
 class Health:
@@ -178,8 +173,8 @@ class HealthCall:
 
     def _answer(self, message: bytes) -> None:
         try:
-            self.service = HealthCheckRequest.FromString(message).service
-        except DecodeError:
+            self.service = decode_health_request(message)
+        except ScanError:
             self._end(Status.INTERNAL, "the request is not a HealthCheckRequest")
             return
         if self.path == WATCH:
@@ -187,8 +182,7 @@ class HealthCall:
             self.notify()
         elif self.path == LIST:
             status = SERVING if self.health.serving else NOT_SERVING
-            statuses = {name: HealthCheckResponse(status=status) for name in SERVICES}
-            self.call.write(frame(HealthListResponse(statuses=statuses).SerializeToString()))
+            self.call.write(frame(encode_health_list(SERVICES, status)))
             self._end(Status.OK)
         elif (found := self.health.status_of(self.service)) is None:
             self._end(Status.NOT_FOUND, "unknown service")
@@ -197,7 +191,7 @@ class HealthCall:
             self._end(Status.OK)
 
     def _send(self, status: int) -> None:
-        self.call.write(frame(HealthCheckResponse(status=status).SerializeToString()))
+        self.call.write(frame(encode_health(status)))
 
     def _end(self, status: int, text: str = "") -> None:
         self.health.leave(self)

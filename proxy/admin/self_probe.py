@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, cast
 
 from proto.framing import MessageReader, decode_message, frame
 from proto.http2 import Connection, DataReceived, Event, HeadersReceived, Role
-from proto.pb import rpc_pb2
+from proto.scan import encode_create
 from proxy import logs
 from proxy.listening.connection import ServerConnection
 from proxy.watch.service import FAILED_TEXT, PATH
@@ -41,7 +41,7 @@ HEADERS = [
     (b"content-type", b"application/grpc"),
     (b"user-agent", b"watchmux-probe"),
 ]
-IMPOSSIBLE = rpc_pb2.WatchRequest(create_request=rpc_pb2.WatchCreateRequest(start_revision=-1))
+IMPOSSIBLE = encode_create(b"", start_revision=-1)
 ANSWER_BYTES_MAX = 64 * 1024
 
 log = logs.logger("probe")
@@ -78,7 +78,7 @@ class ProbeRun(asyncio.Transport):
     def ask(self) -> None:
         """Make the call."""
         self._h2.start()
-        request = frame(IMPOSSIBLE.SerializeToString())
+        request = frame(IMPOSSIBLE)
         self._h2.send(self._h2.open(HEADERS), (request,), len(request))
         self._pass_on()
 

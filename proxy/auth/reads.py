@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from google.protobuf.message import DecodeError
-
 from coalesce.inputs import CreateRefusal
 from coalesce.model import PendingCreate, PendingRead, Session, Upstream
 from proto import etcd_errors
+from proto.fields import ScanError
 from proto.framing import Status
-from proto.pb import rpc_pb2
+from proto.messages import decode_header, encode_login, encode_reads_not_made
 from proto.scan import Header
 from proxy import logs
 from proxy.auth.model import (
@@ -346,8 +345,8 @@ class AuthReader:
             self._do(self.queries.failed(call, outcome.status, outcome.text, leaderless=leaderless))
             return
         try:
-            header = Header.make(0, 0, 0, 0) if call.login else _header(outcome[0])
-        except DecodeError:
+            header = Header.make(0, 0, 0, 0) if call.login else decode_header(outcome[0])
+        except ScanError:
             log.warning("malformed response to a read from etcd")
             self._do(self.queries.failed(call, Status.INTERNAL, "malformed response from etcd"))
         else:
@@ -358,27 +357,14 @@ class AuthReader:
         return self.listener is not None and self.listener.has_no_leader(failed.text == etcd_errors.NO_LEADER)
 
     def _transaction(self, ranges: Iterable[Range], linearizable: bool) -> bytes:
-        request = rpc_pb2.TxnRequest()
-        for each in ranges:
-            key, range_end = self._interval(*each)
-            request.failure.add().request_range.MergeFrom(
-                rpc_pb2.RangeRequest(
-                    key=key, range_end=range_end, limit=1, keys_only=True, serializable=not linearizable
-                )
-            )
-        return request.SerializeToString()
+        return encode_reads_not_made([self._interval(*each) for each in ranges], serializable=not linearizable)
 
 
 _ANY_RANGE = (AuthScope()[1:],)
 
-_LOGIN = rpc_pb2.AuthenticateRequest(name=INVALID_USER.decode(), password="-").SerializeToString()
+_LOGIN = encode_login(INVALID_USER.decode(), "-")
 """An attempt to log in as a user that does not exist, which is expected to fail."""
 
 
 def _as_it_is(key: bytes, range_end: bytes) -> tuple[bytes, bytes]:
     return key, range_end
-
-
-def _header(data: bytes) -> Header:
-    header = rpc_pb2.TxnResponse.FromString(data).header
-    return Header.make(header.cluster_id, header.member_id, header.revision, header.raft_term)

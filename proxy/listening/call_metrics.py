@@ -8,12 +8,11 @@ are not etcd's or gRPC health's share one entry, because their names come from c
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from proto.framing import Status
 from proto.http2 import ErrorCode, Stream
-from proto.pb import rpc_pb2
 from upstream.heads import STATUS_OF_RESET
 
 BOUNDS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -22,31 +21,34 @@ BOUNDS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0
 UNKNOWN: Final = b"/unknown/unknown"
 """Stands for all methods that are not in METHODS."""
 
-OTHER_METHODS: Final = {
-    b"/v3lockpb.Lock/Lock": "unary",
-    b"/v3lockpb.Lock/Unlock": "unary",
-    b"/v3electionpb.Election/Campaign": "unary",
-    b"/v3electionpb.Election/Proclaim": "unary",
-    b"/v3electionpb.Election/Leader": "unary",
+_SERVICES: Final = {
+    "etcdserverpb.KV": "Range Put DeleteRange Txn Compact",
+    "etcdserverpb.Watch": "Watch",
+    "etcdserverpb.Lease": "LeaseGrant LeaseRevoke LeaseKeepAlive LeaseTimeToLive LeaseLeases",
+    "etcdserverpb.Cluster": "MemberAdd MemberRemove MemberUpdate MemberList MemberPromote",
+    "etcdserverpb.Maintenance": "Alarm Status Defragment Hash HashKV Snapshot MoveLeader Downgrade",
+    "etcdserverpb.Auth": "AuthEnable AuthDisable AuthStatus Authenticate UserAdd UserGet UserList UserDelete "
+    "UserChangePassword UserGrantRole UserRevokeRole RoleAdd RoleGet RoleList RoleDelete RoleGrantPermission "
+    "RoleRevokePermission",
+    "v3lockpb.Lock": "Lock Unlock",
+    "v3electionpb.Election": "Campaign Proclaim Leader Observe Resign",
+    "grpc.health.v1.Health": "Check List Watch",
+}
+"""The methods of each service."""
+_STREAMS: Final = {
+    b"/etcdserverpb.Watch/Watch": "bidi_stream",
+    b"/etcdserverpb.Lease/LeaseKeepAlive": "bidi_stream",
+    b"/etcdserverpb.Maintenance/Snapshot": "server_stream",
     b"/v3electionpb.Election/Observe": "server_stream",
-    b"/v3electionpb.Election/Resign": "unary",
-    b"/grpc.health.v1.Health/Check": "unary",
-    b"/grpc.health.v1.Health/List": "unary",
     b"/grpc.health.v1.Health/Watch": "server_stream",
 }
-"""Methods whose messages the proxy does not load, with their types."""
+"""The methods that are not unary."""
 
-
-def _methods() -> Iterator[tuple[bytes, str]]:
-    for service in rpc_pb2.DESCRIPTOR.services_by_name.values():
-        for method in service.methods:
-            kind = ("unary", "server_stream", "client_stream", "bidi_stream")[
-                2 * method.client_streaming + method.server_streaming
-            ]
-            yield f"/{service.full_name}/{method.name}".encode(), kind
-
-
-METHODS: Final = {**dict(_methods()), **OTHER_METHODS, UNKNOWN: "unknown"}
+METHODS: Final = {
+    **{f"/{name}/{method}".encode(): "unary" for name, methods in _SERVICES.items() for method in methods.split()},
+    **_STREAMS,
+    UNKNOWN: "unknown",
+}
 """The methods that are counted by name, with their `grpc_type`."""
 
 CODES: Final = (

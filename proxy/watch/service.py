@@ -12,19 +12,17 @@ import math
 import random
 from typing import TYPE_CHECKING, cast
 
-from google.protobuf.message import DecodeError
-
 from coalesce.inputs import CreateRequest, Identity
 from coalesce.model import Session
 from proto import etcd_errors
-from proto.filters import LONG_BYTES, meaning_of, shortened
+from proto.fields import ScanError
 from proto.framing import PREFIX_BYTES, FramingError, Status
 from proto.http2 import Stream
 from proto.pacing import PacedMessageReader
-from proto.pb import rpc_pb2
-from proto.plain_create import plain_create
+from proto.plain_request import PROGRESS, plain_cancel, plain_create
 from proxy.listening.calls import CallRefusal, ConnectionHandle, Headers, RequestHead, ServerCall
 from proxy.watch.settings import WatchSettings
+from proxy.watch.unusual import create_request, parse
 
 if TYPE_CHECKING:
     from proxy.listening.connection import ServerConnection
@@ -52,9 +50,6 @@ STREAM_SHARE = 60
 ANSWERS_UNREAD_MAX = 16
 """Answers queued for a client that does not read; at this number its requests stay unread. etcd uses the same number
 (ctrlStreamBufLen in api/v3rpc/watch.go)."""
-
-FILTERS_FEW = 16
-"""Up to this number, filters are searched one by one."""
 
 DRAIN_SLICE_S = 0.05
 DRAIN_SLICE_SESSIONS = 100
@@ -370,26 +365,30 @@ class WatchCall:
             return
         plain = plain_create(message)
         if plain is not None:
-            # Fast path: 550 ns instead of 2,100 (`python -m tests.bench.lanes`).
             self._create(session, CreateRequest(*plain))
-            return
+        elif message == PROGRESS:
+            self._progress(session)
+        elif (watch_id := plain_cancel(message)) is not None:
+            self._cancel(session, watch_id)
+        else:
+            self._unusual(session, message)
+
+    def _unusual(self, session: Session, message: bytes) -> None:
         try:
-            request = rpc_pb2.WatchRequest.FromString(shortened(message) if len(message) >= LONG_BYTES else message)
-        except DecodeError:
+            request = parse(message)
+        except ScanError:
             self.leave(Status.INTERNAL, "the message is not a WatchRequest")
             return
-        turns, engine = self.connection.turns, self._service.engine
         kind = request.WhichOneof("request_union")
         if kind == "create_request":
             self._create(session, create_request(request.create_request))
         elif kind == "cancel_request":
-            turns.spend(CANCEL_WORK)
-            engine.cancel(session, request.cancel_request.watch_id)
+            self._cancel(session, request.cancel_request.watch_id)
+        elif kind == "progress_request":
+            self._progress(session)
         else:
-            turns.spend(PROGRESS_WORK)
-            if kind == "progress_request":
-                engine.progress(session)
             # Other kinds are ignored, as in etcd (api/v3rpc/watch.go, recvLoop): a later etcd may have more.
+            self.connection.turns.spend(PROGRESS_WORK)
 
     def _create(self, session: Session, request: CreateRequest) -> None:
         self.connection.turns.spend(CREATE_WORK)
@@ -397,42 +396,13 @@ class WatchCall:
         if session.line_bytes:
             self._service.bound_waiting(self)
 
+    def _cancel(self, session: Session, watch_id: int) -> None:
+        self.connection.turns.spend(CANCEL_WORK)
+        self._service.engine.cancel(session, watch_id)
 
-def create_request(request: rpc_pb2.WatchCreateRequest) -> CreateRequest:
-    """Convert a WatchCreateRequest to the core's form; "now" is None from here on."""
-    no_put, no_delete = filters_of(request)
-    return CreateRequest(
-        key=request.key,
-        range_end=request.range_end,
-        start_revision=request.start_revision or None,
-        watch_id=request.watch_id,
-        progress_notify=request.progress_notify,
-        no_put=no_put,
-        no_delete=no_delete,
-        prev_kv=request.prev_kv,
-        fragment=request.fragment,
-    )
-
-
-def filters_of(request: rpc_pb2.WatchCreateRequest) -> tuple[bool, bool]:
-    """Return whether puts and deletes are filtered out. A request may hold two million filters of only two kinds."""
-    filters = request.filters
-    if not filters:
-        return False, False
-    if len(filters) <= FILTERS_FEW:
-        return rpc_pb2.WatchCreateRequest.NOPUT in filters, rpc_pb2.WatchCreateRequest.NODELETE in filters
-    # Searched as bytes, which takes a hundredth of the time.
-    only = rpc_pb2.WatchCreateRequest()
-    only.filters.MergeFrom(filters)
-    packed = only.SerializeToString()
-    start = 1
-    while packed[start] > 127:
-        start += 1
-    meaning = meaning_of(packed[start + 1 :])
-    if meaning is None:
-        # There are negative numbers, which take ten bytes each.
-        return rpc_pb2.WatchCreateRequest.NOPUT in filters, rpc_pb2.WatchCreateRequest.NODELETE in filters
-    return b"\x00" in meaning, b"\x01" in meaning
+    def _progress(self, session: Session) -> None:
+        self.connection.turns.spend(PROGRESS_WORK)
+        self._service.engine.progress(session)
 
 
 def identity_of(head: RequestHead) -> Identity:

@@ -21,11 +21,11 @@ from coalesce.inputs import CreateRequest, Granted, Identity
 from proto import scan
 from proto.http2 import Connection, Http2Limits, Role, StreamBatch
 from proto.pb import kv_pb2, rpc_pb2
-from proto.plain_create import plain_create
+from proto.plain_request import plain_create
 from proto.scan import Header, WatchResponse
 from proxy.listening.connection import ServerConnection
 from proxy.listening.listener import Listener
-from proxy.watch.service import create_request
+from proxy.watch.unusual import create_request
 from tests.bench.profiles import GrpcGo, frame, settings, window_update
 from tests.bench.wire import PREFACE, message_frame
 from upstream.watching.client import WatchClient

@@ -26,9 +26,9 @@ from proxy.watch.service import (
     CREATE_WORK,
     PROGRESS_WORK,
     WAITING_TEXT,
-    filters_of,
 )
 from proxy.watch.settings import WatchSettings
+from proxy.watch.unusual import filters_of
 from tests.e2e.floods import FLOODS, GZIP, Sender, cancel, create, filters, flood, progress
 from tests.e2e.held import held
 from tests.e2e.raw_client import RawClient
