@@ -9,12 +9,17 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-POLL_S = 0.02
+POLL_S = 0.001
+POLL_MAX_S = 0.02
 _never = threading.Event()
 
 
 def until(condition: Callable[[], T], what: str, timeout_s: float = 10.0) -> T:
-    """Return the first true value of `condition`, polled; fail with `what` after `timeout_s` seconds."""
+    """Return the first true value of `condition`, polled; fail with `what` after `timeout_s` seconds.
+
+    The pause between two looks begins at POLL_S, since most answers take a millisecond, and grows to POLL_MAX_S.
+    """
+    pause_s = POLL_S
     deadline = time.monotonic() + timeout_s
     while True:
         value = condition()
@@ -22,12 +27,14 @@ def until(condition: Callable[[], T], what: str, timeout_s: float = 10.0) -> T:
             return value
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {timeout_s} s in vain for {what}; last seen: {value!r}")
-        _never.wait(POLL_S)
+        _never.wait(pause_s)
+        pause_s = min(2 * pause_s, POLL_MAX_S)
 
 
 async def until_async(condition: Callable[[], T], what: str, timeout_s: float = 10.0) -> T:
     """Do the same as `until` without holding up the event loop."""
     loop = asyncio.get_running_loop()
+    pause_s = POLL_S
     deadline = loop.time() + timeout_s
     while True:
         value = condition()
@@ -36,8 +43,9 @@ async def until_async(condition: Callable[[], T], what: str, timeout_s: float = 
         if loop.time() > deadline:
             raise AssertionError(f"waited {timeout_s} s in vain for {what}; last seen: {value!r}")
         turn = asyncio.Event()
-        loop.call_later(POLL_S, turn.set)
+        loop.call_later(pause_s, turn.set)
         await turn.wait()
+        pause_s = min(2 * pause_s, POLL_MAX_S)
 
 
 def run(story: Coroutine[Any, Any, T], timeout_s: float = 20.0) -> T:

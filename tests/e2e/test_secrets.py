@@ -12,6 +12,7 @@ import structlog
 
 from proto.pb import rpc_pb2
 from proxy import logs
+from proxy.passthrough.settings import PassthroughSettings
 from tests.e2e.attacks import ATTACKS
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct, proxy_for
@@ -34,7 +35,11 @@ def test_a_debug_log_holds_no_secrets(etcd: EtcdServer, capfd: pytest.CaptureFix
     metadata = [("token", token.decode()), ("authorization", token.decode()), ("x-private", private.decode())]
 
     async def scenario() -> None:
-        async with proxy_for(etcd) as proxy, direct(etcd) as store, await RawClient.connect(proxy.port) as client:
+        async with (
+            proxy_for(etcd, passthrough=PassthroughSettings(call_wait_s=0.2)) as proxy,
+            direct(etcd) as store,
+            await RawClient.connect(proxy.port) as client,
+        ):
             stream = await client.open_watch(b"a", prev_kv=True, metadata=metadata)
             for _ in range(3):
                 await store.put(b"a", value)

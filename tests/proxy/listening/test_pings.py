@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from proxy.listening.pings import IDLE_MIN_S, PingPolicy
+from proxy.listening.settings import ListenerSettings
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct, proxy_for
 from tests.etcd.server import EtcdServer
@@ -39,7 +40,7 @@ def test_pings_without_streams_need_two_hours_between() -> None:
 @pytest.mark.parametrize("with_stream", [True, False])
 async def test_client_that_pings_too_often_gets_goaway(etcd: EtcdServer, with_stream: bool) -> None:
     async with (
-        proxy_for(etcd) as proxy,
+        proxy_for(etcd, listener=ListenerSettings(reason_s=0.1)) as proxy,
         direct(etcd) as store,
         await RawClient.connect(proxy.port) as good,
         await RawClient.connect(proxy.port) as bad,
