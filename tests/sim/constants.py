@@ -47,6 +47,8 @@ SMALL: dict[tuple[str, str], tuple[int, ...]] = {
     ("proxy.auth.queries", "CHECKS_IN_FLIGHT_MAX"): _FEW,
     ("proxy.auth.restore", "LOOKED_AT"): _FEW,
     ("proxy.auth.restore", "TRIED_AT_ONCE"): _FEW,
+    ("upstream.watching.registrations", "REGISTERED_MAX"): _FEW,
+    ("upstream.watching.state", "LOST_MAX"): _FEW,
     ("upstream.watching.stream", "_PASSED_MAX"): _FEW,
     ("upstream.watching.streams", "LARGE_CREATE_BYTES"): _FEW,
     ("upstream.watching.streams", "WATCHES_PER_STREAM_MAX"): _FEW,

@@ -61,9 +61,8 @@ CLIENT_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a break forgets those who were just creating",
         _CLIENT,
-        "                if registration.stream is None:\n                    self._register",
-        "                if registration.stream is None and registration.announced:\n"
-        "                    self._register",
+        "self._registrations.take():\n            self._register",
+        "self._registrations.take():\n            if registration.announced:\n                self._register",
     ),
     Mutant("all suspects are tried together for ever", _SUSPECTS, "elif len(suspects) > 1:", "elif False:"),
     Mutant("a create that was closed condemns another one", _SUSPECTS, "elif len(stream.creating) > 1:", "elif False:"),

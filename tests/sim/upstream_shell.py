@@ -390,6 +390,10 @@ class UpstreamShell:
         self.unregistered = False
         self._do(self.state.register())
 
+    def go_on(self, _: random.Random | None = None) -> None:
+        """Do more of what exceeded one step of the state."""
+        self._do(self.state.go_on())
+
     def cancel_one(self, rng: random.Random, reason: str) -> None:
         """Have the server cancel one live watch with a reason."""
         live = [(link, watch_id) for stream, link in self._links.items() for watch_id in stream.by_id]
@@ -403,6 +407,8 @@ class UpstreamShell:
 
     def add_moves(self, moves: list[Callable[[random.Random], None]]) -> None:
         """Append the possible moves: new connections, requests and responses."""
+        if self.state.goes_on:
+            moves.append(self.go_on)
         if self.endpoint is None:
             moves.append(self.connect)
             return

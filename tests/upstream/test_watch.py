@@ -51,7 +51,8 @@ async def test_trunks_of_one_token_share_a_stream_with_hasleader() -> None:
         await until_async(lambda: not etcd.connections, "the connection to be closed")
 
 
-async def test_watches_resume_pipelined_after_a_broken_connection() -> None:
+async def test_watches_resume_pipelined_after_a_broken_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upstream.watching.registrations.REGISTERED_MAX", 100)
     async with scripted() as etcd:
         seen = Recorder()
         watches = [Opened(b"w%d" % number) for number in range(300)]
@@ -189,16 +190,20 @@ async def test_a_learner_is_not_used() -> None:
     ("status", "text"),
     [(16, "etcdserver: invalid auth token"), (7, "etcdserver: permission denied"), (12, "unknown service")],
 )
-async def test_a_stream_refused_for_good_loses_its_watches_alone(status: int, text: str) -> None:
+async def test_a_stream_refused_for_good_loses_its_watches_alone(
+    status: int, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("upstream.watching.state.LOST_MAX", 1)
     async with scripted() as etcd:
         seen = Recorder()
-        a, mine = Opened(b"a"), Opened(b"mine", token=b"bad")
+        a, mine, too = Opened(b"a"), Opened(b"mine", token=b"bad"), Opened(b"too", token=b"bad")
         etcd.on_call = lambda call: call.end(status, text) if b"token" in call.metadata else None
         async with watching(etcd.endpoint, seen) as client:
             client.open(a)
             client.open(mine)
-            await until_async(lambda: seen.losses, "the loss")
-            assert seen.losses == [(mine, status, text)]
+            client.open(too)
+            await until_async(lambda: len(seen.losses) == 2, "the losses")
+            assert seen.losses == [(mine, status, text), (too, status, text)]
             await until_async(lambda: seen.created(a), "the other watch")
             assert seen.breaks == 0
             assert client.watch_count == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 
 from tests.upstream.stories import Opened, answer, in_words, refusal
@@ -390,6 +392,53 @@ def test_a_stream_that_was_refused_loses_its_watches(state: WatchState) -> None:
     ]
     assert len(state) == 1
     assert state.register() == []
+
+
+def test_many_watches_register_in_bounded_steps(state: WatchState, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a break others are served meanwhile; what was closed before its turn does not register."""
+    monkeypatch.setattr("upstream.watching.registrations.REGISTERED_MAX", 10)
+    watches = [Opened(b"%d" % number, start_revision=11) for number in range(45)]
+    stream = live(state, *watches)
+    state.disconnect()
+    assert state.registration(watches[0]).stream is None  # type: ignore[union-attr]
+    assert state.close(watches[0]) == []
+    first = in_words(state.connect(True, 10))
+    assert first == ["open stream", *(f"create {number} from 0" for number in range(1, 11))]
+    assert state.close(watches[5]) == state.close(watches[15]) == []
+    new = Opened(b"new")
+    assert in_words(state.open(new)) == ["create new from 0"]
+    steps = []
+    while state.goes_on:
+        steps.append(in_words(state.go_on()))
+    assert [len(step) for step in steps] == [9, 10, 10, 4]
+    assert list(chain(*steps)) == [f"create {number} from 0" for number in range(11, 45) if number != 15]
+    assert stream.ended
+    assert stream_of(state, watches[44]) is stream_of(state, new)
+    assert state.go_on() == []
+
+
+def test_a_break_ends_registering_until_the_next_one(state: WatchState, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upstream.watching.registrations.REGISTERED_MAX", 1)
+    a, b = Opened(b"a"), Opened(b"b")
+    live(state, a, b)
+    state.disconnect()
+    state.connect(True, 10)
+    state.disconnect()
+    assert not state.goes_on
+    assert in_words(state.connect(True, 10))[-1:] == ["create a from 10"]
+    assert in_words(state.go_on())[-1:] == ["create b from 10"]
+
+
+def test_many_watches_are_lost_in_bounded_steps(state: WatchState, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upstream.watching.state.LOST_MAX", 2)
+    watches = [Opened(b"%d" % number) for number in range(5)]
+    steps = [in_words(state.refused(live(state, *watches), 12, "unknown"))]
+    assert len(state) == 0
+    assert state.close(watches[4]) == []
+    while state.goes_on:
+        steps.append(in_words(state.go_on()))
+    assert [len(step) for step in steps] == [2, 2, 1]
+    assert list(chain(*steps)) == [f"{number} lost: 12 unknown" for number in range(5)]
 
 
 # Progress.

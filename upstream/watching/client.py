@@ -100,6 +100,8 @@ class WatchClient:
         self._look: asyncio.TimerHandle | None = None
         # A pending registration of watches whose stream ended.
         self._register_timer: asyncio.TimerHandle | None = None
+        # What exceeded a step of the state is to be done in the next turn of the loop.
+        self._goes_on = False
         # Connections lost while watches were open, since the start.
         self.breaks = 0
         # Held while the listener is notified of what a read brought, unless that is a single DATA frame.
@@ -286,6 +288,13 @@ class WatchClient:
                     listener.lost(effect.watch, effect.status, effect.text)
                 case watch_effects.TokenRefused():
                     self._token_refused(effect.token)
+        if self._state.goes_on and not self._goes_on:
+            self._goes_on = True
+            asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self._goes_on = False
+        self._apply(self._state.go_on())
 
     def take(self, stream: WatchStream, response: WatchResponse) -> None:
         """Handle a response that arrived on a stream."""

@@ -33,6 +33,7 @@ Sources: etcd server/etcdserver/api/v3rpc/watch.go, server/storage/mvcc/watchabl
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
@@ -52,6 +53,7 @@ from upstream.watching.effects import (
     WriteMessage,
 )
 from upstream.watching.proof import ask_progress, note_created, progress_answered, send_probe
+from upstream.watching.registrations import Registrations
 from upstream.watching.stream import (
     HeldRevision,
     OpenedWatch,
@@ -61,12 +63,15 @@ from upstream.watching.stream import (
     StreamKind,
     WatchStream,
 )
-from upstream.watching.streams import LARGE_CREATE_BYTES, STREAMS_MAX, Streams
+from upstream.watching.streams import STREAMS_MAX, Streams, kind_of
 from upstream.watching.suspects import SuspectGroups
 
 # A fresh token can already be stale; two consecutive refusals have another cause.
 _OWN_REFUSED_MAX: Final = 2
 
+
+# Maximum lost watches that are reported in one step: each may end sessions, and writes a line to the log.
+LOST_MAX: Final = 50
 
 HELD_BYTES_MAX: Final = 512 << 20
 
@@ -98,8 +103,9 @@ class WatchState:
         self.own_token: bytes | None = None
         # The highest revision seen in any header; 0 = none yet.
         self.newest_revision = 0
-        # In opening order; the key is the id() of the listener's object, which need not be hashable.
-        self._registrations: dict[int, Registration] = {}
+        self._registrations = Registrations()
+        # Watches that are lost, and not reported yet.
+        self._lost: deque[WatchLost] = deque()
         self._streams = Streams(streams_max)
         self._suspects = SuspectGroups()
 
@@ -112,13 +118,13 @@ class WatchState:
 
     def registration(self, watch: OpenedWatch) -> Registration | None:
         """Return the registration of `watch`; None when it is not open (any more)."""
-        return self._registrations.get(id(watch))
+        return self._registrations.get(watch)
 
     def open(self, watch: OpenedWatch) -> list[WatchEffect]:
         """Register a watch, now or when connected. Raises ValueError if it is open already."""
-        if id(watch) in self._registrations:
+        if self._registrations.get(watch) is not None:
             raise ValueError("this watch is open already")
-        registration = self._registrations[id(watch)] = Registration(watch)
+        registration = self._registrations.add(watch)
         effects: list[WatchEffect] = []
         if self.connected:
             self._register(registration, effects)
@@ -127,7 +133,7 @@ class WatchState:
     def close(self, watch: OpenedWatch) -> list[WatchEffect]:
         """Cancel a watch. No more effects concern it. A watch that has ended already is ignored."""
         effects: list[WatchEffect] = []
-        registration = self._registrations.get(id(watch))
+        registration = self._registrations.get(watch)
         if registration is not None:
             self._forget(registration, effects)
         return effects
@@ -143,7 +149,7 @@ class WatchState:
         return self._set_paused(watch, False)
 
     def _set_paused(self, watch: OpenedWatch, paused: bool) -> WatchStream | None:
-        registration = self._registrations.get(id(watch))
+        registration = self._registrations.get(watch)
         if registration is None:
             return None
         registration.paused = paused
@@ -176,7 +182,7 @@ class WatchState:
 
     def _streams_of(self, watches: Iterable[OpenedWatch]) -> Iterable[WatchStream]:
         """Return the streams that carry these watches, each once."""
-        registrations = (self._registrations.get(id(watch)) for watch in watches)
+        registrations = map(self._registrations.get, watches)
         streams = (each.stream for each in registrations if each is not None)
         return dict.fromkeys(stream for stream in streams if stream is not None)
 
@@ -192,12 +198,25 @@ class WatchState:
         self.newest_revision = max(self.newest_revision, revision)
 
     def register(self) -> list[WatchEffect]:
-        """Register watches without a stream: after `connect` all of them, after `over` those of that stream."""
-        effects: list[WatchEffect] = []
+        """Register watches without a stream: after `connect` all of them, after `over` those of that stream.
+
+        Those that exceed this step register in `go_on`.
+        """
         if self.connected:
-            for registration in self._registrations.values():
-                if registration.stream is None:
-                    self._register(registration, effects)
+            self._registrations.look_at()
+        return self.go_on()
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether `go_on` is due: in the next turn of the event loop."""
+        return self._registrations.are_coming or bool(self._lost)
+
+    def go_on(self) -> list[WatchEffect]:
+        """Register the next watches, and report the next ones that are lost, as many as one step allows."""
+        effects: list[WatchEffect] = []
+        for registration in self._registrations.take():
+            self._register(registration, effects)
+        effects += [self._lost.popleft() for _ in range(min(len(self._lost), LOST_MAX))]
         return effects
 
     def logged_in(self, token: bytes | None) -> list[WatchEffect]:
@@ -211,9 +230,7 @@ class WatchState:
         for stream in list(self.streams()):
             self._drop(stream)
         self.works = False
-        for registration in self._registrations.values():
-            registration.stream = None
-            registration.watch_id = None
+        self._registrations.look_at_none()
 
     def over(self, stream: WatchStream, follows: StreamEndAction, status: int, text: str) -> list[WatchEffect]:
         """Handle a stream that has ended: its watches are lost, or wait for `register`."""
@@ -229,16 +246,7 @@ class WatchState:
     def _ended(self, stream: WatchStream, *, counts: bool) -> None:
         for registration in stream.unanswered:
             registration.ends += counts
-        self._take_off(stream)
-
-    def _take_off(self, stream: WatchStream) -> list[Registration]:
-        """Drop a stream; return its registrations, which have no stream now."""
         self._drop(stream)
-        there = [registration for registration in self._registrations.values() if registration.stream is stream]
-        for registration in there:
-            registration.stream = None
-            registration.watch_id = None
-        return there
 
     def _ended_by_a_create(self, stream: WatchStream, status: int, text: str) -> list[WatchEffect]:
         """Handle a stream that may have ended because of an unanswered create."""
@@ -257,10 +265,11 @@ class WatchState:
         if stream.kind is not StreamKind.SUSPECT:
             stream.group = None
             return
-        there = self._take_off(stream)
+        there = stream.registrations
+        self._drop(stream)
         effects.append(CloseStream(stream))
-        for registration in there:
-            self._register(registration, effects)
+        self._registrations.look_at(there)
+        effects += self.go_on()
         self._next_suspects(effects)
 
     def _next_suspects(self, effects: list[WatchEffect]) -> None:
@@ -272,12 +281,18 @@ class WatchState:
         """A stream ended for a reason that a retry does not fix: all its watches are lost."""
         if stream.own and is_auth_refusal(status, text):
             self._ended(stream, counts=False)
-            return [TokenRefused(stream.token)]
-        there = self._take_off(stream)
+            return [self._token_refused(stream)]
+        there = stream.registrations
+        self._drop(stream)
         for registration in there:
-            registration.closed = True
-            del self._registrations[id(registration.watch)]
-        return [WatchLost(registration.watch, status, text) for registration in there]
+            self._registrations.remove(registration)
+        self._lost.extend(WatchLost(registration.watch, status, text) for registration in there)
+        return self.go_on()
+
+    def _token_refused(self, stream: WatchStream) -> TokenRefused:
+        """The proxy's own user was refused: watches wait for `logged_in`."""
+        self._registrations.look_at_none()
+        return TokenRefused(stream.token)
 
     def received(self, stream: WatchStream, response: WatchResponse) -> list[WatchEffect]:
         """Handle a message that arrived on a stream."""
@@ -390,7 +405,7 @@ class WatchState:
         if status == Status.PERMISSION_DENIED:
             registration.own_refused = _OWN_REFUSED_MAX
         if registration.own_refused < _OWN_REFUSED_MAX:
-            effects.append(TokenRefused(stream.token))
+            effects.append(self._token_refused(stream))
         else:
             self._register(registration, effects)
 
@@ -495,7 +510,8 @@ class WatchState:
         own = token is not None and not watch.is_backfill and registration.own_refused < _OWN_REFUSED_MAX
         if not own:
             token = watch.token
-        kind = self._kind(registration)
+        start = registration.next_revision
+        kind = kind_of(registration, is_live=start is None or self._skips(start))
         stream = self._streams.find(kind, token, registration.group)
         if stream is None:
             if kind is StreamKind.SUSPECT and self._streams.is_full(kind):
@@ -515,18 +531,6 @@ class WatchState:
             stream.waiting.append(registration)
         else:
             self._create(stream, registration, effects)
-
-    def _kind(self, registration: Registration) -> StreamKind:
-        """Return the kind of stream that a registration belongs to."""
-        watch = registration.watch
-        if watch.is_backfill:
-            return StreamKind.BACKFILL
-        if registration.group is not None:
-            return StreamKind.SUSPECT
-        if len(watch.key) + len(watch.range_end) >= LARGE_CREATE_BYTES:
-            return StreamKind.LARGE
-        start = registration.next_revision
-        return StreamKind.SHARED if start is None or self._skips(start) else StreamKind.CATCH_UP
 
     def _skips(self, start: int) -> bool:
         """Whether no revision from `start` on is known to be written."""
@@ -566,8 +570,7 @@ class WatchState:
 
     def _forget(self, registration: Registration, effects: list[WatchEffect]) -> None:
         """End a watch: cancel its id, or the whole stream if it was the last watch on it."""
-        registration.closed = True
-        self._registrations.pop(id(registration.watch), None)
+        self._registrations.remove(registration)
         self._leave(registration, effects)
 
     def _leave(self, registration: Registration, effects: list[WatchEffect]) -> None:
@@ -575,9 +578,9 @@ class WatchState:
         stream = registration.stream
         if stream is None:
             return
-        registration.stream = None
         watch_id = registration.watch_id
         self._unlink(stream, registration)
+        registration.stream = None
         stream.live -= 1
         if stream.live == 0:
             self._drop(stream)
@@ -588,6 +591,7 @@ class WatchState:
 
     def _drop(self, stream: WatchStream) -> None:
         """Remove a stream from every index; responses that still arrive on it find no watch."""
+        stream.ended = True
         self._streams.remove(stream)
         stream.by_id.clear()
         stream.held.clear()

@@ -69,6 +69,7 @@ class Registration:
     """One watch of the listener, its position and its stream."""
 
     __slots__ = (
+        "_stream",
         "announced",
         "closed",
         "ends",
@@ -77,7 +78,6 @@ class Registration:
         "now",
         "own_refused",
         "paused",
-        "stream",
         "unproven",
         "watch",
         "watch_id",
@@ -101,13 +101,23 @@ class Registration:
         self.ends = 0
         # The group of suspects that it is tried with; None = it is not a suspect.
         self.group: int | None = None
-        # The stream on which it is creating or live; None = it waits for `register`.
-        self.stream: WatchStream | None = None
-        # The id upstream while live; None before.
+        self._stream: WatchStream | None = None
+        # The id upstream while live; None before. Stale while it has no stream.
         self.watch_id: int | None = None
         # The number of the last progress request sent before its `created` arrived: an answer to that request, or to an
         # older one, proves nothing about this watch.
         self.unproven = 0
+
+    @property
+    def stream(self) -> WatchStream | None:
+        """The stream on which it is creating or live; None = it waits for `register`."""
+        # The end of a stream does not change each of its registrations.
+        return None if self._stream is None or self._stream.ended else self._stream
+
+    @stream.setter
+    def stream(self, stream: WatchStream | None) -> None:
+        self._stream = stream
+        self.watch_id = None
 
 
 class SentCreate:
@@ -147,6 +157,7 @@ class WatchStream:
         "by_id",
         "canceled_ids",
         "creating",
+        "ended",
         "group",
         "held",
         "kind",
@@ -171,6 +182,8 @@ class WatchStream:
         self.group = group
         # For the I/O shell's own use.
         self.shell: object = None
+        # Its registrations have no stream any more.
+        self.ended = False
         # A backfill's stream that is not read at present.
         self.paused = False
         # Its member answers progress requests in order with events; the I/O shell sets it when the call starts. Members
@@ -206,6 +219,11 @@ class WatchStream:
     def tested(self) -> bool:
         """It carries suspects."""
         return self.group is not None
+
+    @property
+    def registrations(self) -> list[Registration]:
+        """All registrations that are creating or live on it."""
+        return [*self.by_id.values(), *self.unanswered]
 
     @property
     def unanswered(self) -> list[Registration]:

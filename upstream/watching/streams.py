@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from upstream.watching.stream import StreamKind, WatchStream
+from upstream.watching.stream import Registration, StreamKind, WatchStream
 
 STREAMS_MAX: Final = {StreamKind.CATCH_UP: 16, StreamKind.LARGE: 8, StreamKind.SUSPECT: 8}
 """Maximum streams of these kinds, for all tokens together; beyond it watches share them, or suspects wait."""
@@ -25,6 +25,18 @@ WATCHES_PER_STREAM_MAX: Final = 10_000
 
 LARGE_CREATE_BYTES: Final = 64 * 1024
 """A create with this many bytes of key and range_end is large: etcd takes 512 KiB with any --max-request-bytes."""
+
+
+def kind_of(registration: Registration, *, is_live: bool) -> StreamKind:
+    """Return the kind of stream that a registration belongs to; `is_live`: it has nothing to catch up with."""
+    watch = registration.watch
+    if watch.is_backfill:
+        return StreamKind.BACKFILL
+    if registration.group is not None:
+        return StreamKind.SUSPECT
+    if len(watch.key) + len(watch.range_end) >= LARGE_CREATE_BYTES:
+        return StreamKind.LARGE
+    return StreamKind.SHARED if is_live else StreamKind.CATCH_UP
 
 
 class Streams:

@@ -1,0 +1,271 @@
+"""The longest single step of core and watch client while something happens to very many watches at once.
+
+Between two steps the event loop serves others, so no event of another client waits for longer than the longest step.
+Pure code without sockets: what the program writes and reads for each step comes on top of it.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from coalesce import (
+    CheckPermission,
+    Coalescer,
+    CoreLimits,
+    CreateRequest,
+    Deliver,
+    Identity,
+    OpenUpstream,
+    Session,
+    Upstream,
+    UpstreamLost,
+)
+from proto.scan import WatchResponse
+from tests.bench.sharing.front import Figures, Front, Scenario
+from tests.coalesce.shell import header, put
+from upstream.watching.state import WatchState
+from upstream.watching.stream import StreamEndAction
+
+WATCHES = 100_000
+START = 1000
+NO_LIMITS = CoreLimits(watches_per_session_max=1 << 30, queue_max=1 << 30, linger_s=0.0)
+
+
+class Steps:
+    """Measures each step by the CPU clock of this thread."""
+
+    def __init__(self) -> None:
+        self.longest_s = 0.0
+        self.count = 0
+
+    def __call__(self, step: Callable[..., Any], *arguments: object) -> Any:
+        """Take one step, and return its result."""
+        began = time.thread_time()
+        result = step(*arguments)
+        self.longest_s = max(self.longest_s, time.thread_time() - began)
+        self.count += 1
+        return result
+
+
+class Many:
+    """A core with very many watches, of one range or of a range each, and its upstream watches."""
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        own: bool = False,
+        start: int | None = START,
+        sessions: int = 1,
+        covers: tuple[bytes, ...] = (),
+        has_leader: bool = False,
+    ) -> None:
+        self.core = Coalescer(NO_LIMITS)
+        self.core.limits = CoreLimits(watches_per_session_max=1 << 30, queue_max=1 << 30, linger_s=0.0, covers=covers)
+        self.core.header_seen(header(START))
+        self.now = 0.0
+        self.opened: list[Upstream] = []
+        self.stalled = False
+        identity = Identity(has_leader=has_leader)
+        self.sessions = [self.core.open_session(object(), identity, 0.0) for _ in range(sessions)]
+        for number in range(count):
+            key = b"k%07d" % number if own else b"k"
+            self.create(self.sessions[number % sessions], key, start)
+        self.go_on()
+
+    def create(self, session: Session, key: bytes, start: int | None) -> None:
+        """Create a watch."""
+        self.carry_out(self.core.create(session, CreateRequest(key, b"", start), self.now))
+
+    def carry_out(self, effects: Iterable[Any]) -> None:
+        """Answer permission checks and creates at once; deliveries are returned if the sessions are stalled."""
+        coming = list(effects)
+        for effect in coming:
+            kind = type(effect)
+            if kind is CheckPermission:
+                coming += self.core.permission(effect.check, None, self.now)
+            elif kind is OpenUpstream:
+                self.opened.append(effect.upstream)
+                if effect.upstream.start_revision is None or not self.core.stats.backfills:
+                    coming += self.core.upstream_response(effect.upstream, created(START), self.now)
+            elif kind is Deliver and self.stalled:
+                for watch in effect.watches:
+                    self.core.undelivered(watch, effect.payload)
+
+    def go_on(self, steps: Callable[..., Any] | None = None) -> None:
+        """Call `expire` as long as it is due at once; `steps` measures each."""
+        while (deadline := self.core.next_deadline()) is not None and deadline <= self.now:
+            effects = steps(self.core.expire, self.now) if steps is not None else self.core.expire(self.now)
+            self.carry_out(effects)
+
+    def measure(self, step: Callable[..., Any], *arguments: object) -> Steps:
+        """Measure an input and what follows it."""
+        gc.collect()
+        gc.disable()
+        steps = Steps()
+        self.carry_out(steps(step, *arguments, self.now))
+        self.go_on(steps)
+        gc.enable()
+        return steps
+
+
+def created(revision: int) -> WatchResponse:
+    """Return the answer to a create."""
+    return WatchResponse(header(revision), 0, created=True)
+
+
+def compaction(own: bool) -> Steps:
+    """A compaction cancels the watches of one upstream watch."""
+    many = Many(WATCHES, own=own, covers=(b"k",) if own else ())
+    response = WatchResponse(header(START), 0, canceled=True, compact_revision=START + 10)
+    return many.measure(many.core.upstream_response, many.opened[0], response)
+
+
+def restore(own: bool) -> Steps:
+    """The store is restored from a snapshot."""
+    many = Many(WATCHES, own=own)
+    return many.measure(many.core.other_history, header(START - 10))
+
+
+def lost(own: bool, sessions: int) -> Steps:
+    """An upstream watch is lost: for a cover, its ranges get trunks of their own."""
+    many = Many(WATCHES, own=own, covers=(b"k",) if own else (), sessions=sessions)
+    return many.measure(many.core.upstream_lost, many.opened[0], UpstreamLost(7, "etcdserver: permission denied"))
+
+
+def no_leader(own: bool) -> Steps:
+    """No etcd has a leader: a tenth as many sessions as watches end."""
+    many = Many(WATCHES, own=own, sessions=WATCHES // 10, has_leader=True)
+    return many.measure(many.core.no_leader)
+
+
+def asks_for_progress(own: bool) -> Steps:
+    """The session asks for progress, and etcd answers."""
+    many = Many(WATCHES, own=own)
+    steps = many.measure(many.core.progress, many.sessions[0])
+    answered = many.measure(many.core.upstream_progress, tuple(many.opened), header(START + 1), 1)
+    steps.longest_s = max(steps.longest_s, answered.longest_s)
+    return steps
+
+
+def backfill_event(stalled: bool) -> Steps:
+    """An event for the watches of one backfill; `stalled`: the second one, after their client has stopped reading."""
+    many = Many(0)
+    many.create(many.sessions[0], b"k", START)
+    session = many.core.open_session(object(), Identity(), 0.0)
+    for _ in range(WATCHES):
+        many.create(session, b"k", 10)
+    many.go_on()
+    backfill = many.opened[-1]
+    assert len(many.opened) == 2
+    many.carry_out(many.core.upstream_response(backfill, created(START), many.now))
+    if stalled:
+        many.stalled = True
+        many.core.stalled(session)
+        for revision in (11, 12):
+            response = WatchResponse(header(START), 0, events=[put(revision)])
+            many.carry_out(many.core.upstream_response(backfill, response, many.now))
+    response = WatchResponse(header(START), 0, events=[put(20)])
+    return many.measure(many.core.upstream_response, backfill, response)
+
+
+def older_start(own: bool) -> Steps:
+    """A create from an older revision opens a backfill that takes over the watches of another one."""
+    del own
+    many = Many(0)
+    many.create(many.sessions[0], b"k", START)
+    session = many.core.open_session(object(), Identity(), 0.0)
+    for _ in range(WATCHES):
+        many.create(session, b"k", 10)
+    many.go_on()
+    steps = Steps()
+    [check] = steps(many.core.create, session, CreateRequest(b"k", b"", 9), many.now)
+    return many.measure(many.core.permission, check.check, None)
+
+
+class Opened:
+    """A watch as the engine opens it."""
+
+    __slots__ = ("is_backfill", "key", "prev_kv", "range_end", "start_revision", "token", "watchers")
+
+    def __init__(self, key: bytes) -> None:
+        self.key, self.range_end, self.start_revision, self.token = key, b"", None, None
+        self.prev_kv = self.is_backfill = False
+        self.watchers = 1
+
+
+def watching() -> WatchState:
+    """Return the state of a watch client with very many live watches."""
+    state = WatchState()
+    state.connect(True, START)
+    for number in range(WATCHES):
+        state.open(Opened(b"k%07d" % number))
+    answer(state)
+    return state
+
+
+def answer(state: WatchState) -> None:
+    """Let etcd answer all creates."""
+    for stream in state.streams():
+        for watch_id in range(len(stream.creating)):
+            state.received(stream, WatchResponse(header(START), watch_id, created=True))
+
+
+def all_steps(steps: Steps, state: WatchState, step: Callable[..., Any], *arguments: object) -> Steps:
+    """Measure an input of the watch client, and what follows it."""
+    gc.collect()
+    gc.disable()
+    steps(step, *arguments)
+    while getattr(state, "goes_on", False):
+        steps(state.go_on)
+    gc.enable()
+    return steps
+
+
+def reconnect() -> Steps:
+    """The connection to etcd is lost, and all watches register on another one."""
+    state = watching()
+    steps = all_steps(Steps(), state, state.disconnect)
+    return all_steps(steps, state, state.connect, True, START)
+
+
+def stream_ends(action: StreamEndAction) -> Steps:
+    """A stream of 10,000 watches ends, and they register again or are lost."""
+    state = watching()
+    steps = all_steps(Steps(), state, state.over, next(iter(state.streams())), action, 16, "no")
+    return all_steps(steps, state, state.register)
+
+
+SITUATIONS: dict[str, Callable[[], Steps]] = {
+    "connection lost": reconnect,
+    "upstream stream ends": partial(stream_ends, StreamEndAction.MOVED),
+    "upstream stream refused": partial(stream_ends, StreamEndAction.LOST),
+    "no leader": partial(no_leader, False),
+    "restore, one range": partial(restore, False),
+    "restore, ranges of their own": partial(restore, True),
+    "compaction, one range": partial(compaction, False),
+    "compaction, below a cover": partial(compaction, True),
+    "upstream watch lost, one session": partial(lost, False, 1),
+    "upstream watch lost, 10,000 sessions": partial(lost, False, 10_000),
+    "cover refused": partial(lost, True, 1),
+    "progress of one range": partial(asks_for_progress, False),
+    "progress of ranges of their own": partial(asks_for_progress, True),
+    "event of a backfill": partial(backfill_event, False),
+    "event of a backfill, its session is stalled": partial(backfill_event, True),
+    "backfill from an older start": partial(older_start, False),
+}
+
+
+def measured(name: str, front: Front) -> Figures:
+    """Measure this checkout only."""
+    if front.name != "watchmux":
+        return {}
+    steps = SITUATIONS[name]()
+    return {"steps": steps.count, "longest step, ms of CPU": steps.longest_s * 1000}
+
+
+SCENARIOS: dict[str, Scenario] = {f"steps: {name}": partial(measured, name) for name in SITUATIONS}
