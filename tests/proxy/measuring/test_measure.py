@@ -12,7 +12,7 @@ from rich.console import Console
 from proxy.cli.group import run
 from proxy.measuring.comparison import show_comparison
 from proxy.measuring.load.plan import LoadShape
-from proxy.measuring.measure import Measurement, TrialCost, compare, reduction_of
+from proxy.measuring.measure import Measurement, TrialCost, compare, others_of, reduction_of
 from tests.etcd.server import EtcdServer
 from tests.proxy_process import ProxyProcess
 
@@ -35,6 +35,7 @@ def check(found: Measurement) -> None:
     assert found.reduction["watch_streams"] == 12.0
     assert found.reduction["events_sent"] == 12.0
     assert found.direct.events_received == found.proxied.events_received
+    assert others_of(found.direct) == others_of(found.proxied) == ""
     bytes_factor = found.reduction["bytes_sent"]
     assert bytes_factor is not None
     assert bytes_factor > 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import signal
+from functools import cache
 from typing import Any
 
 import grpc.aio
@@ -34,6 +35,7 @@ def packed(message: bytes) -> bytes:
     return b"\1" + len(data).to_bytes(4, "big") + data
 
 
+@cache
 def put(size: int) -> bytes:
     return packed(rpc_pb2.PutRequest(key=b"k", value=bytes(size)).SerializeToString())
 
