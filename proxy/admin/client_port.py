@@ -7,16 +7,16 @@ is not scraped stays small. Any client may ask, so the metrics are made at most 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from proxy.admin.http import AdminResponse, HttpConnection, HttpServer
+    from proxy.admin.http import AdminResponse, HttpConnection, HttpServer, MakePage
 
 METRICS_AGE_S: Final = 1.0
 """For how long the same page of metrics is sent again."""
 
-OwnPages = tuple[Callable[[], "AdminResponse"], Callable[[], "AdminResponse"]]
+OwnPages = tuple[Callable[[], Awaitable["AdminResponse"]], "MakePage"]
 """They make the metrics and the health."""
 
 
@@ -28,6 +28,7 @@ class ClientPages:
         self._make = make
         self._server: HttpServer | None = None
         self._last: tuple[float, AdminResponse] | None = None
+        self._making = asyncio.Lock()
 
     def __call__(self) -> HttpConnection:
         """Return a protocol for a connection that asks for one of the pages."""
@@ -49,8 +50,9 @@ class ClientPages:
             for connection in tuple(self._server.connections):
                 connection.close()
 
-    def _recent(self, metrics: Callable[[], AdminResponse]) -> AdminResponse:
-        now = asyncio.get_running_loop().time()
-        if self._last is None or now - self._last[0] > METRICS_AGE_S:
-            self._last = now, metrics()
-        return self._last[1]
+    async def _recent(self, metrics: Callable[[], Awaitable[AdminResponse]]) -> AdminResponse:
+        async with self._making:
+            now = asyncio.get_running_loop().time()
+            if self._last is None or now - self._last[0] > METRICS_AGE_S:
+                self._last = now, await metrics()
+            return self._last[1]

@@ -1,4 +1,4 @@
-"""The HTTP/1.1 server of the admin port: h11 on the event loop, for pages that are made at once.
+"""The HTTP/1.1 server of the admin port: h11 on the event loop.
 
 It answers GET and HEAD of fixed paths. A web framework would take 11 MiB of a process that serves watches.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Final, NamedTuple, cast
 
@@ -37,8 +37,11 @@ class AdminResponse(NamedTuple):
     headers: Mapping[str, str] = {}
 
 
-Pages = Mapping[str, Callable[[], AdminResponse]]
-"""By path: makes the page."""
+MakePage = Callable[[], AdminResponse | Awaitable[AdminResponse]]
+"""Makes a page at once, or over several turns of the loop."""
+
+Pages = Mapping[str, MakePage]
+"""By path."""
 
 
 class HttpServer:
@@ -65,8 +68,8 @@ class HttpServer:
         for connection in tuple(self.connections):
             connection.close()
 
-    def page(self, method: bytes, path: str) -> AdminResponse:
-        """Make the answer to a request."""
+    def page(self, method: bytes, path: str) -> AdminResponse | Awaitable[AdminResponse]:
+        """Make the answer to a request, or begin to."""
         make = self.pages.get(path)
         if make is None:
             return AdminResponse(b"404: not found\n", status=HTTPStatus.NOT_FOUND)
@@ -74,10 +77,22 @@ class HttpServer:
             allow = {"Allow": "GET, HEAD"}
             return AdminResponse(b"405: only GET and HEAD\n", status=HTTPStatus.METHOD_NOT_ALLOWED, headers=allow)
         try:
-            return make()
+            made = make()
         except Exception:
-            log.exception("a page of the admin port failed", path=path)
-            return AdminResponse(b"500: the page failed; see the log\n", status=HTTPStatus.INTERNAL_SERVER_ERROR)
+            return _failed(path)
+        return made if isinstance(made, AdminResponse) else _finished(made, path)
+
+
+async def _finished(making: Awaitable[AdminResponse], path: str) -> AdminResponse:
+    try:
+        return await making
+    except Exception:
+        return _failed(path)
+
+
+def _failed(path: str) -> AdminResponse:
+    log.exception("a page of the admin port failed", path=path)
+    return AdminResponse(b"500: the page failed; see the log\n", status=HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
 class HttpConnection(asyncio.Protocol):
@@ -88,6 +103,8 @@ class HttpConnection(asyncio.Protocol):
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=REQUEST_BYTES_MAX)
         self._request: h11.Request | None = None
         self._reading = True
+        # The page that is being made; until then the next request is not read.
+        self._making: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Accept the connection, unless there are too many."""
@@ -116,13 +133,16 @@ class HttpConnection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """Answer what has arrived meanwhile."""
         self._reading = True
-        self._transport.resume_reading()
-        self._answer_all()
+        if self._making is None:
+            self._transport.resume_reading()
+            self._answer_all()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         del exc
         self._idle.cancel()
+        if self._making is not None:
+            self._making.cancel()
         self._server.connections.discard(self)
 
     def close(self) -> None:
@@ -131,7 +151,7 @@ class HttpConnection(asyncio.Protocol):
 
     def _answer_all(self) -> None:
         try:
-            while self._reading:
+            while self._reading and self._making is None:
                 event = self._http.next_event()
                 if isinstance(event, h11.Request):
                     self._request = event
@@ -149,7 +169,22 @@ class HttpConnection(asyncio.Protocol):
         request, self._request = self._request, None
         assert request is not None
         path = request.target.partition(b"?")[0].decode("latin-1")
-        self._send(self._server.page(request.method, path), request.method == b"HEAD")
+        page = self._server.page(request.method, path)
+        if isinstance(page, AdminResponse):
+            self._answer_with(page, request)
+        else:
+            self._transport.pause_reading()
+            self._making = asyncio.get_running_loop().create_task(self._answer_later(page, request))
+
+    async def _answer_later(self, page: Awaitable[AdminResponse], request: h11.Request) -> None:
+        self._answer_with(await page, request)
+        self._making = None
+        if self._reading and not self._transport.is_closing():
+            self._transport.resume_reading()
+            self._answer_all()
+
+    def _answer_with(self, page: AdminResponse, request: h11.Request) -> None:
+        self._send(page, request.method == b"HEAD")
         if self._http.our_state is h11.MUST_CLOSE:
             self.close()
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import re
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import resources
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from coalesce.limits import CoreLimits
 from proto.pb import rpc_pb2, rpc_pb2_grpc
+from proxy.admin import port
 from proxy.admin.metrics import families
 from proxy.admin.port import PAGES, Admin
 from proxy.admin.snapshot import CoverState, CoverSuggestion, Snapshot, SnapshotSource
@@ -149,6 +151,26 @@ def test_a_running_proxy_serves_all_pages(etcd: EtcdServer) -> None:
     assert snapshot.address == "127.0.0.1:1"
     overview = msgspec.json.decode(answers["/v1/overview"][1], type=Overview)
     assert [(each.endpoint, each.connected) for each in overview.endpoints] == [(etcd.endpoint, True)]
+
+
+async def test_the_loop_turns_while_the_first_scrape_loads(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All scrapes that arrive meanwhile wait for the same load."""
+    turned, threads = threading.Event(), list[int]()
+
+    def load() -> None:
+        threads.append(threading.get_ident())
+        assert turned.wait(30)
+
+    monkeypatch.setattr(port, "_load_metrics", load)
+    async with proxy_for(etcd) as proxy, admin_of(proxy) as admin:
+        scrapes = [asyncio.ensure_future(fetch(admin, path)) for path in ("/metrics", "/proxy/metrics", "/metrics")]
+        await until_async(lambda: bool(threads), "the first scrape")
+        assert (await fetch(admin, "/livez"))[0] == 200
+        assert not any(scrape.done() for scrape in scrapes)
+        turned.set()
+        assert [status for status, _ in await asyncio.gather(*scrapes)] == [200, 200, 200]
+    assert len(threads) == 1
+    assert threads[0] != threading.get_ident()
 
 
 def test_an_unreachable_etcd_makes_it_unready_but_not_dead() -> None:

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from proxy.admin import http
-from proxy.admin.http import AdminResponse, HttpServer
+from proxy.admin.http import AdminResponse, HttpServer, MakePage
 from tests.waiting import until_async
 
 LIMIT_S = 10.0
@@ -20,12 +20,39 @@ def fails() -> AdminResponse:
     raise ValueError("a defect")
 
 
-PAGES = {"/": lambda: AdminResponse(b"hello"), "/fails": fails, "/large": lambda: AdminResponse(LARGE)}
+class Slow:
+    """A page that is made over several turns of the loop."""
+
+    def __init__(self) -> None:
+        self.ready = asyncio.Event()
+        self.begun = self.cancelled = 0
+
+    async def page(self) -> AdminResponse:
+        self.begun += 1
+        try:
+            await self.ready.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return AdminResponse(b"slow")
+
+
+async def fails_later() -> AdminResponse:
+    await asyncio.sleep(0)
+    raise ValueError("a defect")
+
+
+PAGES: dict[str, MakePage] = {
+    "/": lambda: AdminResponse(b"hello"),
+    "/fails": fails,
+    "/fails-later": fails_later,
+    "/large": lambda: AdminResponse(LARGE),
+}
 
 
 @asynccontextmanager
-async def serving(idle_s: float = 60.0) -> AsyncIterator[tuple[HttpServer, int]]:
-    server = HttpServer(PAGES, idle_s)
+async def serving(idle_s: float = 60.0, slow: Slow | None = None) -> AsyncIterator[tuple[HttpServer, int]]:
+    server = HttpServer(PAGES if slow is None else {**PAGES, "/slow": slow.page}, idle_s)
     port = await server.start("127.0.0.1", 0)
     try:
         yield server, port
@@ -65,6 +92,7 @@ CLOSE = b"Host: a\r\nConnection: close\r\n\r\n"
         (b"GET /none HTTP/1.1", b"404 Not Found", b"404: not found\n"),
         (b"POST / HTTP/1.1", b"405 Method Not Allowed", b"405: only GET and HEAD\n"),
         (b"GET /fails HTTP/1.1", b"500 Internal Server Error", b"500: the page failed; see the log\n"),
+        (b"GET /fails-later HTTP/1.1", b"500 Internal Server Error", b"500: the page failed; see the log\n"),
     ],
 )
 def test_each_request_gets_its_answer(request_line: bytes, status: bytes, body: bytes) -> None:
@@ -77,6 +105,33 @@ def test_requests_of_one_connection_are_answered_in_order() -> None:
     more = b"GET /none HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc"
     text = answered(more + more + b"GET / HTTP/1.1\r\n" + CLOSE)
     assert [part[:3] for part in text.split(b"HTTP/1.1 ")[1:]] == [b"404", b"404", b"200"]
+
+
+async def test_requests_after_a_slow_page_wait_for_it() -> None:
+    slow = Slow()
+    async with serving(slow=slow) as (server, port):
+        more = b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n"
+        waiting = asyncio.ensure_future(ask(port, more + more + b"GET / HTTP/1.1\r\n" + CLOSE))
+        await until_async(lambda: slow.begun == 1, "the first page to begin")
+        # Other connections are answered meanwhile.
+        assert (await ask(port, b"GET / HTTP/1.1\r\n" + CLOSE)).endswith(b"hello")
+        assert slow.begun == 1
+        slow.ready.set()
+        bodies = [part.partition(b"\r\n\r\n")[2] for part in (await waiting).split(b"HTTP/1.1 ")[1:]]
+        assert bodies == [b"slow", b"slow", b"hello"]
+        await until_async(lambda: not server.connections, "the connections to close")
+
+
+async def test_a_client_that_leaves_ends_the_making_of_its_page() -> None:
+    slow = Slow()
+    async with serving(slow=slow) as (server, port):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n")
+        await until_async(lambda: slow.begun == 1, "the page to begin")
+        (connection,) = server.connections
+        connection.close()
+        await until_async(lambda: slow.cancelled == 1, "the page to be cancelled")
+        writer.close()
 
 
 @pytest.mark.parametrize(
