@@ -111,6 +111,7 @@ class Target:
         "route",
         "settings",
         "tried",
+        "turn",
         "unimplemented",
     )
 
@@ -122,6 +123,8 @@ class Target:
         self.settings = settings.connection
         # When it may be tried again, in loop time.
         self.not_before = 0.0
+        # How often it has failed.
+        self.turn = 0
         # It has failed since the present search began.
         self.tried = False
         # Its last answer was that it has no leader.
@@ -138,6 +141,7 @@ class Target:
     def failed(self, now: float) -> None:
         """Record a failure, and set when the endpoint may be tried again."""
         self.tried = True
+        self.turn += 1
         self.not_before = now + self.backoff.failed(now)
 
 
@@ -292,7 +296,7 @@ class Dialer:
     async def attempt(self, target: Target) -> Server:
         """Connect to an endpoint and read the server's status. Raises Unreachable."""
         target.loop, target.route = "", ()
-        connection = await connect(target.endpoint, self._tls, target.settings)
+        connection = await connect(target.endpoint, self._tls, target.settings, turn=target.turn)
         server = Server(target, connection)
         try:
             await self._ask(server)

@@ -314,10 +314,10 @@ class Pool:
 
     # For the slots.
 
-    async def connect(self, endpoint: Endpoint, settings: ConnectionSettings) -> ClientConnection:
-        """Connect to an endpoint. Raises Unreachable."""
+    async def connect(self, endpoint: Endpoint, settings: ConnectionSettings, turn: int) -> ClientConnection:
+        """Connect to an endpoint that has failed so often. Raises Unreachable."""
         try:
-            connection = await connect(endpoint, self._tls, settings)
+            connection = await connect(endpoint, self._tls, settings, turn=turn)
         except Unreachable as error:
             self._count(error)
             raise

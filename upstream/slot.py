@@ -21,8 +21,8 @@ _LOOK_S: Final = 1.0
 class SlotOwner(Protocol):
     """The pool."""
 
-    async def connect(self, endpoint: Endpoint, settings: ConnectionSettings) -> ClientConnection:
-        """Connect to an endpoint. Raises Unreachable."""
+    async def connect(self, endpoint: Endpoint, settings: ConnectionSettings, turn: int) -> ClientConnection:
+        """Connect to an endpoint that has failed so often. Raises Unreachable."""
 
     def changed(self) -> None:
         """Handle that an endpoint has changed or has room again."""
@@ -48,6 +48,7 @@ class Slot:
         "_reported",
         "_settings",
         "_task",
+        "_turn",
         "connection_settings",
         "connections",
         "endpoint",
@@ -72,6 +73,8 @@ class Slot:
         self.fitness = Fitness.SERVES
         # The endpoint was removed from the configuration: it serves until a configured one works.
         self.leaving = False
+        # How often it has failed.
+        self._turn = 0
         self._owner = owner
         self._settings = settings
         self._log = log
@@ -136,6 +139,7 @@ class Slot:
         while True:
             failure = await self._hold()
             delay_s = self._backoff.failed(loop.time())
+            self._turn += 1
             if self.failure is None and delay_s == 0:
                 # Retry once at once after a working connection: until that fails the endpoint does not count as down.
                 continue
@@ -179,7 +183,7 @@ class Slot:
 
     async def _open(self) -> ClientConnection:
         """Open one connection, and check whether the member serves. Raises Unreachable."""
-        connection = await self._owner.connect(self.endpoint, self.connection_settings)
+        connection = await self._owner.connect(self.endpoint, self.connection_settings, self._turn)
         try:
             fitness = await read_fitness(connection, min(_LOOK_S, self._settings.status_timeout_s), self._ids)
         except (asyncio.CancelledError, LoopOfProxies):

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, cast
 
 from proxy import logs
 from upstream.endpoints import Endpoint
 from upstream.errors import BadTls
 from upstream.heads import HOPS_MAX, loop_text
+from upstream.settings import NEXT_ADDRESS_S
 from upstream.tls import FileContext, client_context
-from upstream.transport import open_transport
+from upstream.transport import addresses_of, connected_to, first_of, open_transport
 
 METHOD = re.compile(rb"[A-Z]{1,16}( |$)")
 """The method of a request line, complete or not (RFC 9112 3)."""
@@ -139,7 +142,9 @@ class Http1:
 
         try:
             async with asyncio.timeout(self.settings.connect_timeout_s):
-                await open_transport(factory, endpoint, self._context(endpoint))
+                servers = [partial(connected_to, server) for server in await addresses_of(endpoint)]
+                connected = await first_of(servers, NEXT_ADDRESS_S, socket.socket.close)
+                await open_transport(factory, connected, self._context(endpoint), endpoint.host)
         except (OSError, TimeoutError, BadTls) as error:
             log.warning(
                 "cannot forward an HTTP/1 connection", endpoint=endpoint.text, problem=str(error) or "timed out"

@@ -242,14 +242,16 @@ class ScriptedEtcd:
 
 
 @asynccontextmanager
-async def scripted(tls: ssl.SSLContext | None = None, path: str | None = None) -> AsyncIterator[ScriptedEtcd]:
-    """Run a scripted etcd on a free loopback port, or on a unix socket."""
+async def scripted(
+    tls: ssl.SSLContext | None = None, path: str | None = None, host: str = "127.0.0.1", port: int = 0
+) -> AsyncIterator[ScriptedEtcd]:
+    """Run a scripted etcd on a loopback port (0: a free one), or on a unix socket."""
     etcd = ScriptedEtcd()
     loop = asyncio.get_running_loop()
     if path is not None:
         server: asyncio.Server = await loop.create_unix_server(lambda: ScriptedConnection(etcd), path, ssl=tls)
     else:
-        server = await loop.create_server(lambda: ScriptedConnection(etcd), "127.0.0.1", 0, ssl=tls)
+        server = await loop.create_server(lambda: ScriptedConnection(etcd), host, port, ssl=tls)
         etcd.port = server.sockets[0].getsockname()[1]
     try:
         yield etcd

@@ -27,7 +27,13 @@ from tests.etcd.server import EtcdServer, free_port
 from tests.proxy.cli.test_cli_serve import Served
 from tests.proxy_process import serve_here
 from tests.upstream.certificates import make_certificates
+from tests.upstream.scripted import scripted
 from tests.waiting import until_async
+from upstream.connecting import connect
+from upstream.dial import Dialer
+from upstream.endpoints import parse_endpoint, parse_endpoints
+from upstream.errors import NullLogger
+from upstream.settings import UpstreamSettings
 from upstream.tls import client_context, server_context
 
 
@@ -242,16 +248,53 @@ async def test_the_addresses_of_a_name_are_tried_in_turn(
         assert resolver.asked
 
 
-async def test_unresponsive_address_delays_no_client(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    Resolver(monkeypatch, "etcd.example", "127.0.0.2", "127.0.0.1")
-    with socket.socket() as deaf, socket.socket() as first, socket.socket() as second:
-        deaf.bind(("127.0.0.2", etcd.client_port))
-        deaf.listen(0)
-        for filler in (first, second):
+@contextmanager
+def deaf(port: int, *, hangs: bool) -> Iterator[None]:
+    """Listen at another address without an answer: connections are accepted if it `hangs`, else packets are dropped."""
+    with socket.socket() as listening, socket.socket() as first, socket.socket() as second:
+        listening.bind(("127.0.0.2", port))
+        listening.listen(50 if hangs else 0)
+        for filler in () if hangs else (first, second):
             filler.setblocking(False)
-            filler.connect_ex(("127.0.0.2", etcd.client_port))
+            filler.connect_ex(("127.0.0.2", port))
+        yield
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_unresponsive_address_delays_no_client(
+    etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch, hangs: bool
+) -> None:
+    Resolver(monkeypatch, "etcd.example", "127.0.0.2", "127.0.0.1")
+    with deaf(etcd.client_port, hangs=hangs):
         async with proxy_for(f"etcd.example:{etcd.client_port}") as proxy:
             await until_async(lambda: proxy.health.upstream_reachable, "etcd to be reached")
+
+
+async def test_an_address_that_hangs_in_the_tls_handshake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Or after it: the next address is used, and no connection stays."""
+    files = make_certificates(tmp_path)
+    secure = server_context(files.server_cert, files.server_key)
+    async with scripted(secure) as server, scripted(secure, host="127.0.0.3", port=server.port) as silent:
+        silent.mute = True
+        endpoint = parse_endpoint(f"https://etcd.example:{server.port}")
+        Resolver(monkeypatch, "etcd.example", "127.0.0.2", "127.0.0.3", "127.0.0.1")
+        with deaf(server.port, hangs=True):
+            connection = await connect(endpoint, client_context(insecure_skip_verify=True))
+        assert connection.ready.done()
+        await until_async(lambda: not silent.connections, "the other connection to be closed")
+        connection.close()
+
+
+async def test_an_endpoint_that_failed_is_tried_at_its_next_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server at its first address speaks HTTP/2 but answers no call."""
+    async with scripted() as server, scripted(host="127.0.0.2", port=server.port) as hung:
+        hung.on_status = lambda _: None
+        Resolver(monkeypatch, "etcd.example", "127.0.0.2", "127.0.0.1")
+        settings = UpstreamSettings(status_timeout_s=0.1)
+        dialer = Dialer(parse_endpoints(f"etcd.example:{server.port}"), None, settings, NullLogger(), lambda: None)
+        found = await dialer.dial(lambda _: True)
+        assert (len(hung.asked), len(server.connections)) == (1, 1)
+        found.connection.close()
 
 
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
