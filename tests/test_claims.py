@@ -188,7 +188,7 @@ NUMBERS = {
     ),
     "troubleshooting.md": (
         f"Exit code {errors.WRONG_REQUEST}: invalid settings; {errors.FAILURE}: failure at run time",
-        f"(`{heads.HOPS.decode()}`); at {WORD[heads.HOPS_MAX]} it is refused",
+        f"after they have passed through {WORD[heads.HOPS_MAX]} proxies (`{heads.HOPS.decode()}`)",
     ),
     "migration.md": (
         f"each is held until it is complete ({PASSED.partial_bytes_max // MIB} MiB for all together",
