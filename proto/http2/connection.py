@@ -30,6 +30,8 @@ from proto.http2.limits import (
     FRAME_BYTES_MAX,
     FRAME_BYTES_MIN,
     HEADER_TABLE_BYTES_DEFAULT,
+    LATE_ACK_BYTES_MAX,
+    LATE_ACK_S_MAX,
     STREAM_ID_MAX,
     WINDOW_BYTES_DEFAULT,
     WINDOW_BYTES_MAX,
@@ -184,9 +186,10 @@ class Connection(ReceiveSide):
     def receive_update_and_ping(self, data: bytes) -> bytes | None:
         """Take a WINDOW_UPDATE of the connection and a PING, UPDATE_AND_PING_BYTES in all: a fast path of `receive`.
 
-        grpc-go answers each read of DATA with these two. Returns the acknowledgement, which the shell writes at once or
-        passes to `append`. None: the bytes are something else, or need more checks; then nothing has changed. The flood
-        counters would rise by one and be lowered by `output` in the same turn, so both are left out.
+        grpc-go answers a read of DATA with these two. Returns the acknowledgement, which the shell writes at once or
+        passes to `append`; b"": the shell calls `acknowledge_late` at most LATE_ACK_S_MAX later. None: the bytes are
+        something else, or need more checks; then nothing has changed. The flood counters would rise by one and be
+        lowered by `output` in the same turn, so both are left out.
         """
         if (
             self._forgiving
@@ -206,6 +209,15 @@ class Connection(ReceiveSide):
             return None
         self.send_window += increment
         self._granted += increment
+        if (
+            payload == frames.BANDWIDTH_PING
+            and self.now - self._acknowledged_at < LATE_ACK_S_MAX
+            and increment <= LATE_ACK_BYTES_MAX
+            and not self._late_ack
+        ):
+            self._late_ack = True
+            return b""
+        self._acknowledged_at = self.now
         acknowledgement: bytes = _PING_ACK_HEADER + payload
         return acknowledgement
 

@@ -50,6 +50,8 @@ _GOAWAY_HEAD = Struct(">IBIII")
 SETTINGS_ACK = FRAME_HEADER.pack(SETTINGS, ACK, 0)
 UPDATE_HEADER = FRAME_HEADER.pack(4 << 8 | WINDOW_UPDATE, 0, 0)
 PING_HEADER = FRAME_HEADER.pack(8 << 8 | PING, 0, 0)
+# What grpc-go measures the bandwidth with (internal/transport/bdp_estimator.go); its keep-alives have other payloads.
+BANDWIDTH_PING = bytes((2, 4, 16, 16, 9, 14, 7, 7))
 PING_ACK_HEADER = FRAME_HEADER.pack(8 << 8 | PING, ACK, 0)
 
 

@@ -62,6 +62,7 @@ class ReceiveSide(SendSide):
     """Handles frames on streams, and accounts for what the peer may send."""
 
     __slots__ = (
+        "_acknowledged_at",
         "_block_end_stream",
         "_block_frames",
         "_block_id",
@@ -71,6 +72,7 @@ class ReceiveSide(SendSide):
         "_forgiven",
         "_last_accepted",
         "_last_id",
+        "_late_ack",
         "_own_initial_window",
         "_unreturned",
         "_window_step",
@@ -83,6 +85,9 @@ class ReceiveSide(SendSide):
         super().__init__(role, limits)
         # Bytes the peer may still send on all streams together.
         self.receive_window = WINDOW_BYTES_DEFAULT
+        # An acknowledgement waits for `acknowledge_late`; and when the last PING of that kind was acknowledged.
+        self._late_ack = False
+        self._acknowledged_at = 0.0
         # Bytes consumed but not yet returned to the peer by a WINDOW_UPDATE.
         self._unreturned = 0
         # Work of the last `receive`, and the maximum of the next one, which the shell may set.
@@ -144,6 +149,13 @@ class ReceiveSide(SendSide):
                 self._out.append(frames.window_update(stream.id, stream.unreturned))
                 stream.receive_window += stream.unreturned
                 stream.unreturned = 0
+
+    def acknowledge_late(self, now: float) -> None:
+        """Queue the acknowledgement that `receive_update_and_ping` has left to this call, unless that has been done."""
+        if self._late_ack and not self.closed:
+            self._late_ack = False
+            self._acknowledged_at = now
+            self._out.append(frames.ping(frames.BANDWIDTH_PING, ack=True))
 
     def _count(self, kind: int, weight: int = 1) -> None:
         """Count a frame that has no use (10.5). Raises ConnectionFault above the limit."""
@@ -359,6 +371,9 @@ class ReceiveSide(SendSide):
         """WINDOW_UPDATE (6.9)."""
         if stop - body != 4:
             raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "WINDOW_UPDATE of a wrong size")
+        if self._late_ack:
+            # It has used a quarter of a window meanwhile.
+            self.acknowledge_late(self.now)
         increment = _unpack_word(data, body)[0] & WINDOW_BYTES_MAX
         if not stream_id:
             if not increment:

@@ -39,6 +39,7 @@ from proto.http2 import (
 from proto.http2.frames import PREFACE
 from proxy import logs
 from proxy.listening.calls import Headers
+from proxy.listening.late_acks import LateAcknowledgements
 from proxy.listening.leaving import ClosedStreamReaper
 from proxy.listening.pings import TOO_MANY_PINGS, PingPolicy
 from proxy.listening.settings import REFUSED_AT, ListenerSettings, ListenerStats
@@ -71,6 +72,7 @@ class ConnectionOwner(Protocol):
     stats: ListenerStats
     turns: TurnBudget
     leaving: ClosedStreamReaper
+    late: LateAcknowledgements
     http1: Callable[[asyncio.Transport, bytes], asyncio.Protocol] | None
     draining: bool
 
@@ -181,7 +183,7 @@ class ServerConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Handle bytes from the client."""
-        self._heard_at = monotonic()
+        self.h2.now = self._heard_at = monotonic()
         if self._first_bytes is not None:
             if not self._detect_protocol(data):
                 return
@@ -303,8 +305,7 @@ class ServerConnection(asyncio.Protocol):
         self.h2.go_away()
         self.h2.ping(DRAIN_PING)
         self.schedule_flush()
-        loop = asyncio.get_running_loop()
-        loop.call_later(self._listener.settings.drain_ping_s, self._last_go_away)
+        asyncio.get_running_loop().call_later(self._listener.settings.drain_ping_s, self._last_go_away)
 
     def _last_go_away(self) -> None:
         if self._transport is not None and not self.h2.closed:
@@ -348,7 +349,9 @@ class ServerConnection(asyncio.Protocol):
         if acknowledgement is None:
             return False
         self.turns.spend(2)
-        if self.dirty:
+        if not acknowledgement:
+            self._listener.late.add(self, self._heard_at)
+        elif self.dirty:
             self.h2.append(acknowledgement)
         else:
             stats = self._listener.stats
@@ -361,7 +364,6 @@ class ServerConnection(asyncio.Protocol):
     def _receive(self, data: bytes, work_max: int) -> None:
         """Handle bytes from the client up to a bound of work; the remainder waits for a turn."""
         h2 = self.h2
-        h2.now = self._heard_at
         h2.turn_work_max = work_max
         events = h2.receive(data)
         self.turns.spend(h2.work + 1)

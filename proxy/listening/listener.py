@@ -22,6 +22,7 @@ from proxy.listening.call_metrics import CallMetrics
 from proxy.listening.calls import CallRefusal, Handler, HandlerFactory, Headers, refuse, unknown_method
 from proxy.listening.connection import CLOSE_GRACE_S, ServerConnection
 from proxy.listening.fd_passing import ConnectionChannel, ConnectionReceiver
+from proxy.listening.late_acks import LateAcknowledgements
 from proxy.listening.leaving import ClosedStreamReaper
 from proxy.listening.settings import ListenerSettings, ListenerStats
 from proxy.listening.sockets import Listening, listen
@@ -64,6 +65,7 @@ class Listener:
         """Connections that are open, or whose streams are not all cleaned up yet."""
         self.leaving = ClosedStreamReaper(self.settings.leaving_per_turn)
         self.turns = TurnBudget(self.settings.http2.turn_work_max)
+        self.late = LateAcknowledgements()
         self.handed_on: Callable[[], int] = int
         """Returns the number of file descriptors of HTTP/1 connections, on both sides."""
         self._acceptor: Acceptor | None = None

@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from proto.http2 import UPDATE_AND_PING_BYTES, Connection, ErrorCode, Http2Limits, Stream
+from proto.http2 import LATE_ACK_S_MAX, UPDATE_AND_PING_BYTES, Connection, ErrorCode, Http2Limits, Stream
+from proto.http2.frames import BANDWIDTH_PING
+from proto.http2.limits import LATE_ACK_BYTES_MAX
 from tests.http2 import wire
 from tests.http2.wire import Peer, client, data, event_lines, raw, server, update
 
@@ -195,3 +197,54 @@ def test_update_and_ping_leave_waiting_data_to_receive() -> None:
     flooded, _, _ = served()
     flooded.receive(wire.ping(b"12345678"))
     assert flooded.receive_update_and_ping(both) is None
+
+
+ASK = update(0, 123) + wire.ping(BANDWIDTH_PING)
+ACKNOWLEDGED = wire.ping(BANDWIDTH_PING, "ACK")
+
+
+def asked_at(now: float) -> Connection:
+    """Return a server whose client's BANDWIDTH_PING was acknowledged at `now`."""
+    connection, _, _ = served()
+    connection.now = now
+    assert connection.receive_update_and_ping(ASK) == ACKNOWLEDGED
+    return connection
+
+
+def test_bandwidth_ping_soon_after_another_waits() -> None:
+    connection = asked_at(10.0)
+    connection.now = 10.2
+    assert connection.receive_update_and_ping(ASK) == b""
+    assert connection.output() == []
+    connection.acknowledge_late(10.4)
+    connection.acknowledge_late(10.4)
+    assert connection.output() == [ACKNOWLEDGED]
+    connection.now = 10.6
+    assert connection.receive_update_and_ping(ASK) == b""
+
+
+AT_ONCE: dict[str, tuple[float, bytes, int]] = {
+    "another payload": (10.2, b"12345678", 123),
+    "late enough": (10.0 + LATE_ACK_S_MAX, BANDWIDTH_PING, 123),
+    "much was read": (10.2, BANDWIDTH_PING, LATE_ACK_BYTES_MAX + 1),
+}
+
+
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_a_ping_is_acknowledged_at_once(name: str) -> None:
+    now, payload, increment = AT_ONCE[name]
+    connection = asked_at(10.0)
+    connection.now = now
+    assert connection.receive_update_and_ping(update(0, increment) + wire.ping(payload)) == wire.ping(payload, "ACK")
+
+
+def test_each_bandwidth_ping_is_acknowledged() -> None:
+    """A client may send further ones, or more of the window, while one waits; grpc-go does the latter only."""
+    connection = asked_at(10.0)
+    connection.now = 10.1
+    assert connection.receive_update_and_ping(ASK) == b""
+    assert connection.receive_update_and_ping(ASK) == ACKNOWLEDGED
+    connection.receive(update(0, 20_000))
+    assert b"".join(connection.output()) == ACKNOWLEDGED
+    connection.acknowledge_late(10.3)
+    assert connection.output() == []
