@@ -52,6 +52,8 @@ class Mutant(NamedTuple):
 
     old: str
     new: str
+    two_levels: bool = False
+    """Only clients behind two levels of the core notice."""
 
     @property
     def full_module(self) -> str:

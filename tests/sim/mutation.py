@@ -1,6 +1,6 @@
 """The mutation score: which of the deliberate bugs are found, and by which witness.
 
-A witness is a seed that finds a bug: of the simulator, or of the watch client or the store alone.
+A witness is a seed that finds a bug: of the simulator with one or two levels, of the watch client or the store alone.
 `mutant_witnesses.json` records one for each bug, so that the test need not search; a witness that no longer works after
 changes of the simulation is searched again.
 """
@@ -17,6 +17,7 @@ from tests.sim.mutants import Mutant, load
 from tests.sim.parts import REAL, Parts
 from tests.sim.runner import run
 from tests.sim.store_alone import run_store
+from tests.sim.two_levels import run_two_levels
 from tests.sim.upstream_alone import run_alone
 
 WITNESSES = Path(__file__).with_name("mutant_witnesses.json")
@@ -28,6 +29,7 @@ _TRIALS: dict[str, Callable[[int, Parts], str]] = {
     "client on the model": lambda seed, parts: run_alone(seed, False, parts),
     "client on the store": lambda seed, parts: run_alone(seed, True, parts),
     "store": run_store,
+    "two levels": run_two_levels,
 }
 
 Witness = tuple[str, int]
@@ -52,7 +54,9 @@ def search(mutant: Mutant) -> Witness | None:
     if known is not None and is_found_by(mutant, known):
         return known
     below = any(getattr(parts, name) is not getattr(REAL, name) for name in ("watch_state", "feed", "store"))
-    kinds = list(_TRIALS) if below else ["simulation"]
+    kinds = ["simulation", "client on the model", "client on the store", "store"] if below else ["simulation"]
+    if mutant.two_levels:
+        kinds = ["two levels"]
     for seed in range(SEEDS_MAX):
         for kind in kinds:
             if _TRIALS[kind](seed, parts):

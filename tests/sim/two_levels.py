@@ -16,7 +16,7 @@ from typing import Any
 from proto.pb import rpc_pb2
 from proto.scan import WatchResponse, scan_watch_response
 from tests.sim import settle
-from tests.sim.config import Config, make_config
+from tests.sim.config import COVERS, Config, make_config
 from tests.sim.constants import replaced
 from tests.sim.failure import SimulationFailure
 from tests.sim.parts import REAL, Parts
@@ -30,7 +30,7 @@ _STEPS = (
     ("put", "create", "flow") * 8
     + ("burst", "join", "txn", "delete", "cancel", "progress", "reconnect") * 3
     + ("compact", "squeeze", "wait", "press", "disconnect", "break_upstream") * 2
-    + ("herd", "reopen", "leave", "restart", "wait_long")
+    + ("herd", "reopen", "leave", "restart", "wait_long", "expire_token")
 )
 _UNLIMITED = {"watches_per_session_max": 100_000, "watches_max": 1000, "trunks_max": 1000, "queue_max": 1000}
 
@@ -38,7 +38,7 @@ _UNLIMITED = {"watches_per_session_max": 100_000, "watches_max": 1000, "trunks_m
 class HubStream:
     """A stream of the worker at the hub: to the worker one at etcd, to the hub the outlet of a session."""
 
-    def __init__(self, hub: Hub, window: int) -> None:
+    def __init__(self, hub: Hub, token: bytes | None, window: int) -> None:
         self.member = hub.member
         self.requests: deque[bytes] = deque()
         self.out: deque[WatchResponse] = deque()
@@ -53,7 +53,7 @@ class HubStream:
         self._hub = hub
         # Responses that it takes before it stalls.
         self._window = window
-        self.core: Any = hub.core.open_session(self, hub.package.Identity(None, False), hub.now)
+        self.core: Any = hub.core.open_session(self, hub.package.Identity(token, False), hub.now)
 
     # the worker's side
 
@@ -149,9 +149,9 @@ class HubMember:
         """What etcd has, which is not below what the hub has."""
         return self._hub.store.revision
 
-    def open_stream(self, _token: bytes | None, channel_max: int) -> HubStream:
+    def open_stream(self, token: bytes | None, channel_max: int) -> HubStream:
         """Open a stream."""
-        return HubStream(self._hub, channel_max)
+        return HubStream(self._hub, token, channel_max)
 
 
 class Hub(World):
@@ -231,11 +231,10 @@ class Worker(World):
 
 
 def _configs(rng: random.Random) -> tuple[Config, Config]:
-    """Return the shapes of the worker's world and of the hub."""
-    worker, hub = (
-        replace(make_config(rng), auth=False, tells_status=False, covers=(), own_token=None, old_members=0)
-        for _ in range(2)
-    )
+    """Return the shapes of the worker's world and of the hub, which may have covers."""
+    worker, hub = (replace(make_config(rng), tells_status=False, old_members=0) for _ in range(2))
+    worker = replace(worker, covers=(), own_token=None)
+    hub = replace(hub, auth=worker.auth)
     limits = {**hub.limits, **_UNLIMITED, "lagging_age_s_max": None}
     return (
         replace(worker, limits={**worker.limits, "upstream_has_limits": True}, channel_max=max(2, worker.channel_max)),
@@ -250,6 +249,7 @@ def _faults(world: Worker) -> dict[str, Callable[[random.Random], object]]:
         "break the hub's connection": lambda _: hub.upstream.disconnect(),
         "break a stream of the hub": hub.upstream.end_stream,
         "break a stream of the worker": world.upstream.end_stream,
+        "change the hub's covers": lambda rng: hub.reload(tuple(rng.sample(COVERS, rng.choice((0, 1, 2))))),
         "cancel a watch of the hub": lambda rng: hub.upstream.cancel_one(rng, LOST),
         "notify": lambda _: [link.notify_progress(each) for link in hub.upstream.links() for each in link.spans],
     }

@@ -1,0 +1,56 @@
+"""Deliberate bugs in work that is done in parts, or passed on in another order, and in progress through two levels."""
+
+from __future__ import annotations
+
+from tests.sim.mutants import Mutant
+
+_CLIENT = "upstream.watching.state"
+_FEED = "upstream.watching.feed"
+_PROOF = "upstream.watching.proof"
+
+PARTS_MUTANTS: tuple[Mutant, ...] = (
+    Mutant(
+        "old bookmarks are looked for in the first part of the trunks only",
+        "progress",
+        "del self._to_look[-TRUNKS_PER_LOOK_MAX:]",
+        "self._to_look.clear()",
+    ),
+    Mutant(
+        "progress is requested on one stream of a token",
+        _CLIENT,
+        "return dict.fromkeys(stream for stream in streams if stream is not None)",
+        "return list({each.token: each for each in streams if each is not None}.values())",
+    ),
+    Mutant(
+        "an event overtakes one that is held back",
+        _FEED,
+        "if watch_id in ids or (ids and watch_id < 0 and not response.created) or waits(response):",
+        "if (ids and watch_id < 0 and not response.created) or waits(response):",
+    ),
+    Mutant(
+        "an answer to a progress request overtakes what is held back",
+        _FEED,
+        "if watch_id in ids or (ids and watch_id < 0 and not response.created) or waits(response):",
+        "if watch_id in ids or waits(response):",
+    ),
+    Mutant(
+        "what is held back follows what came after it",
+        _FEED,
+        "new = [waiting.pop() for _ in range(self._new)] if held else []",
+        "new = [waiting.pop() for _ in range(0)] if held else []",
+    ),
+    Mutant(
+        "a proxy is asked for progress like etcd",
+        _PROOF,
+        "if late or stream.answers_from <= stream.requested or not stream.ordered:",
+        "if stream.answers_from <= stream.requested or not stream.ordered:",
+        two_levels=True,
+    ),
+    Mutant(
+        "a proxy is refused its question without a read",
+        "joining",
+        "is_probe = create.has_empty_range and create.request.start_revision is None and create.header is None",
+        "is_probe = False",
+        two_levels=True,
+    ),
+)
