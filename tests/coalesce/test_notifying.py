@@ -8,7 +8,7 @@ import pytest
 
 from coalesce import CoreLimits
 from coalesce.model import Upstream
-from coalesce.notifying import PACE_S_MIN, UNKNOWN_PACE_S, WATCHES_PER_STEP, NotifyInterval
+from coalesce.notifying import PACE_S_MIN, UNKNOWN_PACE_S, NotifyInterval
 from tests.coalesce.shell import Client, Shell, put
 
 # Etcd's interval in these tests: kubeadm's.
@@ -215,18 +215,20 @@ def test_an_overdue_notification_is_requested(shell: Shell, client: Client) -> N
     assert client.read() == ["#0 @8 progress"]
 
 
-def test_a_large_round_is_made_in_steps(shell: Shell) -> None:
-    clients = [shell.client() for _ in range(WATCHES_PER_STEP + 10)]
+def test_a_large_round_is_made_in_steps(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    per_step = 50
+    monkeypatch.setattr("coalesce.notifying.WATCHES_PER_STEP", per_step)
+    clients = [shell.client() for _ in range(per_step + 10)]
     trunk = shell.trunk(5, clients[0], progress_notify=True)
     for client in clients[1:]:
         client.create(start=6, progress_notify=True)
         client.read()
     shell.bookmark(trunk, 9)
-    assert sum(len(client.lines) for client in clients) == WATCHES_PER_STEP
+    assert sum(len(client.lines) for client in clients) == per_step
     shell.events(trunk, put(10))
     shell.settle()
     # The watches that waited had an event meanwhile.
-    assert sum(len(client.lines) for client in clients) == WATCHES_PER_STEP + len(clients)
+    assert sum(len(client.lines) for client in clients) == per_step + len(clients)
     shell.bookmark(trunk, 11)
     shell.bookmark(trunk, 12)
     shell.settle()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from proto.scan import Header
@@ -113,12 +115,12 @@ async def test_restore_is_detected_and_restart_is_not_taken_for_one(
         client.open(watch)
         client.start()
         await until_async(lambda: seen.created(watch), "the watch", WAIT_S)
-        etcd.stop()
+        await asyncio.to_thread(etcd.stop)
         etcd.start()
         last = await store.put(b"a", b"x")
         await until_async(lambda: last in seen.revisions(watch), "the event after a restart", WAIT_S)
         assert seen.others == []
-        etcd.stop()
+        await asyncio.to_thread(etcd.stop)
         etcd.restore(snapshot)
         etcd.start()
         while await store.put(b"a", b"new") < last:
