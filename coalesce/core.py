@@ -121,6 +121,13 @@ class Coalescer:
             self._admission.create(session, request)
         return self._finish()
 
+    def create_admitted(self, session: Session, request: CreateRequest, auth_off: Header, now: float) -> list[Effect]:
+        """As `create`, and `permission` with this header: a recent answer, which had it, found auth off."""
+        self._begin(now)
+        if not session.ended:
+            self._admission.create(session, request, auth_off)
+        return self._finish()
+
     def cancel(self, session: Session, watch_id: int, now: float) -> list[Effect]:
         """A client cancels a watch."""
         self._begin(now)

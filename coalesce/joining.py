@@ -73,26 +73,35 @@ class Admission:
 
     # inputs
 
-    def create(self, session: Session, request: CreateRequest) -> None:
-        """Queue a create and request what it needs."""
+    def create(self, session: Session, request: CreateRequest, auth_off: Header | None = None) -> None:
+        """Queue a create and request what it needs; `auth_off`: the header of a recent answer that found auth off."""
         create = PendingCreate(session, request)
         self._state.stats.creates += 1
         if request.start_revision is not None and request.start_revision < 0:
             create.refusal = etcd_errors.COMPACTED
             self._refused(create)
-        else:
-            self._state.stats.checks += 1
+            self._enter(session, create)
+            self._go_on_from(session, create)
+            return
+        self._state.stats.checks += 1
+        if auth_off is None:
             self._state.effects.append(CheckPermission(create))
         self._enter(session, create)
+        if auth_off is not None:
+            self.permission(create, auth_off)
 
     def cancel(self, session: Session, watch_id: int) -> None:
         """Queue a cancel."""
-        self._enter(session, PendingCancel(watch_id))
+        cancel = PendingCancel(watch_id)
+        self._enter(session, cancel)
+        self._go_on_from(session, cancel)
 
     def progress(self, session: Session) -> None:
         """Queue a progress request."""
         self._state.stats.progress_requests += 1
-        self._enter(session, PendingProgress())
+        progress = PendingProgress()
+        self._enter(session, progress)
+        self._go_on_from(session, progress)
 
     def permission(self, create: PendingCreate, outcome: Granted | CreateRefusal | Header | None) -> None:
         """Handle the outcome of a permission check."""
@@ -113,7 +122,7 @@ class Admission:
             self._prepare(create)
         if create.refusal is not None:
             self._refused(create)
-        self.advance(create.session)
+        self._go_on_from(create.session, create)
 
     def revision_read(self, read: PendingRead, header: Header) -> None:
         """Handle the outcome of a read."""
@@ -129,9 +138,9 @@ class Admission:
             create.header = header
             if not create.session.ended:
                 self.left -= 1
-                if create.refusal is None:
+                if create.refusal is None and create.trunk is None:
                     self._prepare(create)
-                self.advance(create.session)
+                self._go_on_from(create.session, create)
 
     # the queue
 
@@ -157,6 +166,12 @@ class Admission:
                 state.to_advance[create.session] = None
         sessions, state.to_advance = state.to_advance, {}
         for session in sessions:
+            self.advance(session)
+
+    def _go_on_from(self, session: Session, request: Pending) -> None:
+        """Decide the requests of a session if this one, which has changed, is the next."""
+        queue = session.queue
+        if queue and queue[0] is request:
             self.advance(session)
 
     def advance(self, session: Session) -> None:
@@ -203,8 +218,6 @@ class Admission:
         self._state.stats.line_bytes += request.bytes
         if session.line_bytes >= self._state.limits.line_bytes_max:
             session.line_full = True
-        if len(session.queue) == 1:
-            self.advance(session)
 
     # one create
 
@@ -317,7 +330,7 @@ class Admission:
         trunk.join(watch, (create.key, create.range_end))
         state.stats.watches += 1
         self._trunks.release(create)
-        state.answer(session, watch_id, header, created=True)
+        state.created(session, watch_id, header)
         self._progress.began(watch)
         # It has neither place nor source yet; place() assigns both.
         self._placement.place((watch,))

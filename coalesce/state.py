@@ -25,7 +25,7 @@ from coalesce.ranges import CoverBranch, CoverTable, TrunkName
 from coalesce.stats import Stats
 from coalesce.timers import Timers
 from proto.framing import frame
-from proto.scan import Header, encode_response
+from proto.scan import Header, encode_created, encode_response
 
 
 class CoreState:
@@ -197,6 +197,10 @@ class CoreState:
             cancel_reason=cancel_reason,
         )
         self.effects.append(Send(session, frame(message)))
+
+    def created(self, session: Session, watch_id: int, header: Header) -> None:
+        """Answer a create."""
+        self.effects.append(Send(session, frame(encode_created(header, watch_id))))
 
     def end_session(self, session: Session, status: int, text: str) -> None:
         """End a session's stream."""

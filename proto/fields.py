@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Final
 
 # The one-byte varints; most tags, lengths and watch ids are one.
-_BYTE: Final = tuple(bytes((value,)) for value in range(128))
+_BYTE: Final = tuple(bytes((value,)) for value in range(256))
 
 VARINT_BYTES_MAX: Final = 10
 """A number has 64 bits, seven per byte."""
@@ -119,6 +119,8 @@ def varint(value: int) -> bytes:
     """Encode a number as a varint; a negative one takes 10 bytes."""
     if 0 <= value < 128:
         return _BYTE[value]
+    if 128 <= value < 16384:
+        return _BYTE[value & 127 | 128] + _BYTE[value >> 7]
     value &= 0xFFFF_FFFF_FFFF_FFFF
     encoded = bytearray()
     while value > 127:

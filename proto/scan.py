@@ -37,6 +37,7 @@ DELETE: Final = 1
 _HEADER: Final = 0x0A
 _WATCH_ID: Final = 0x10
 _CREATED: Final = 0x18
+_IS_CREATED: Final = b"\x18\x01"
 _CANCELED: Final = 0x20
 _COMPACT_REVISION: Final = 0x28
 _CANCEL_REASON: Final = 0x32
@@ -539,6 +540,11 @@ def encode_response(
     if fragment:
         encoded += number_field(_FRAGMENT, 1)
     return encoded + events
+
+
+def encode_created(header: Header, watch_id: int) -> bytes:
+    """Encode the WatchResponse that answers a create, as `encode_response` does."""
+    return header.encoded + number_field(_WATCH_ID, watch_id) + _IS_CREATED
 
 
 def encode_create(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from coalesce.model import Session
-    from proxy.auth.model import PermissionCheck, Range
+    from proxy.auth.model import Range
 
 RANGES_MAX: Final = 10_000
 """Ranges remembered for all sessions together. A session beyond that is disconnected instead of checked."""
@@ -31,19 +31,18 @@ class AdmittedSessions:
         self._since: dict[Session, AdmittedRanges] = {}
         self._count = 0
 
-    def add(self, check: PermissionCheck) -> None:
-        """Record that a session was admitted without a permission check."""
-        session = check.session
+    def add(self, session: Session | None, range_: Range) -> None:
+        """Record that a session was admitted for a range without a permission check."""
         if session is None or session.ended:
             return
         ranges = self._since.setdefault(session, {})
-        if ranges is None or (each := (check.asked.key, check.asked.range_end)) in ranges:
+        if ranges is None or range_ in ranges:
             return
         if self._count >= RANGES_MAX:
             self._count -= len(ranges)
             self._since[session] = None
             return
-        ranges[each] = None
+        ranges[range_] = None
         self._count += 1
 
     def forget(self, session: Session) -> None:

@@ -53,6 +53,11 @@ class PermissionCheck(Query):
         return cls(AuthScope(create.session.identity.token, create.key, create.range_end), create)
 
     @property
+    def range(self) -> Range:
+        """The range."""
+        return self.asked.key, self.asked.range_end
+
+    @property
     def session(self) -> Session | None:
         """The session of the client, if there is one."""
         return None if self.create is None else self.create.session

@@ -32,6 +32,7 @@ from proxy.auth.model import (
     PermissionCheck,
     Query,
     QueryEffect,
+    Range,
     Recheck,
     RefuseSession,
     RevisionRegressed,
@@ -164,7 +165,7 @@ class Queries:
         """
         if self.auth_on and check.asked.token is not None:
             return self.checks.add(check)
-        header = self.admit(check, at)
+        header = self.admit(check.session, check.range, at)
         if header is not None:
             return [AnswerCheck(check, header)]
         if self._probe is not None:
@@ -174,11 +175,14 @@ class Queries:
         self._probe.waiting.append(check)
         return [SendCall(AuthCall(self._probe, None, (AuthScope()[1:],), login=self.named))]
 
-    def admit(self, check: PermissionCheck, at: float) -> Header | None:
-        """Admit a check if a recent probe has found auth off, and return the header that the probe read; else None."""
+    def admit(self, session: Session | None, range_: Range, at: float) -> Header | None:
+        """Admit a watch if a recent probe has found auth off, and return the header that the probe read; else None.
+
+        `session`: None for a check that the proxy makes itself.
+        """
         if self._auth_off is None or at - self._auth_off[0] > self._probe_age_s_max:
             return None
-        self._let_in.add(check)
+        self._let_in.add(session, range_)
         return self._auth_off[1]
 
     def broken(self) -> None:
@@ -326,5 +330,5 @@ class Queries:
         if call.linearizable:
             self._let_in.auth_was_off()
         for check in probe.waiting:
-            self._let_in.add(check)
+            self._let_in.add(check.session, check.range)
         return [AnswerCheck(check, Granted(answer) if check.fresh else answer) for check in probe.waiting]

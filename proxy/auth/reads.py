@@ -183,15 +183,12 @@ class AuthReader:
         """Start a linearizable read of the store's revision."""
         self._do(self.queries.read(now))
 
+    def admit(self, session: Session, range_: Range) -> Header | None:
+        """Return the header of a recent answer that found auth off; None: the watch needs a check."""
+        return self.queries.admit(session, range_, self._loop.time())
+
     def check(self, check: PermissionCheck) -> None:
         """Start a permission check."""
-        create, listener = check.create, self.listener
-        if create is not None and listener is not None:
-            header = self.queries.admit(check, self._loop.time())
-            if header is not None:
-                # As below, without effects: nearly every create while auth is off.
-                listener.permission(create, header)
-                return
         for effect in self.queries.check(check, self._loop.time()):
             if isinstance(effect, SendCall):
                 self._ask(effect.call, effect.later)

@@ -109,6 +109,8 @@ class Engine:
         self._busy = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
+        self._arming = False
+        """The timer will be set at the end of this turn."""
         self._stopped = False
         reader.listener = self
         self._open: dict[Upstream, None] = {}
@@ -159,7 +161,11 @@ class Engine:
 
     def create(self, session: Session, request: CreateRequest) -> None:
         """A client creates a watch."""
-        self._input(self.core.create, session, request)
+        auth_off = self._reader.admit(session, (request.key or b"\x00", request.range_end))
+        if auth_off is None:
+            self._input(self.core.create, session, request)
+        else:
+            self._input(self.core.create_admitted, session, request, auth_off)
 
     def cancel(self, session: Session, watch_id: int) -> None:
         """A client cancels a watch."""
@@ -294,8 +300,10 @@ class Engine:
             self._start_over()
         finally:
             self._busy = False
-        if self.core.deadline_moved:
-            self._arm()
+        if self.core.deadline_moved and not self._arming:
+            # Once for all inputs of a turn: it takes as long as a tenth of a create.
+            self._arming = True
+            self._loop.call_soon(self._arm_again)
 
     def _empty_inbox(self) -> None:
         while self._inbox:
@@ -322,6 +330,12 @@ class Engine:
         if self.failed is not None:
             self.failed()
 
+    def _arm_again(self) -> None:
+        """Set the timer after the inputs of a turn."""
+        self._arming = False
+        if self.core.deadline_moved and not self._stopped:
+            self._arm()
+
     def _arm(self) -> None:
         """Set the timer to the core's next deadline. If the deadline moved later, the timer fires early, harmlessly."""
         deadline = self.core.next_deadline()
@@ -340,7 +354,7 @@ class Engine:
         deadline = self.core.next_deadline()
         if deadline is not None and deadline <= self._loop.time():
             self._input(self.core.expire)
-        else:
+        if not self._stopped:
             self._arm()
 
     # carrying out

@@ -45,8 +45,7 @@ def settle(world: World, rng: random.Random, seconds: float, frozen: SimClient |
             for move in moves:
                 move(rng)
             made += len(moves)
-            if made > _MOVES_MAX:
-                raise SimulationFailure("the simulation never becomes idle")
+            _check_idle(made)
         deadline = world.next_deadline()
         if deadline is None or deadline > until:
             world.now = max(world.now, until)
@@ -56,6 +55,13 @@ def settle(world: World, rng: random.Random, seconds: float, frozen: SimClient |
         world.now = max(world.now, deadline)
         world.expire()
         made += 1
+        # A timer may be due at once again and again.
+        _check_idle(made)
+
+
+def _check_idle(made: int) -> None:
+    if made > _MOVES_MAX:
+        raise SimulationFailure("the simulation never becomes idle")
 
 
 def catch_up(world: World, rng: random.Random) -> None:

@@ -489,7 +489,11 @@ class World:
             spec.prev_kv,
             spec.fragment,
         )
-        self.input(self.core.create, session.core, request)
+        auth_off = self.calls.queries.admit(session.core, (spec.key or b"\0", spec.range_end), self.now)
+        if auth_off is None:
+            self.input(self.core.create, session.core, request)
+        else:
+            self.input(self.core.create_admitted, session.core, request, auth_off)
 
     def ask_progress(self, session: SimSession) -> None:
         """Send a progress request."""

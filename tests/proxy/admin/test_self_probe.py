@@ -158,7 +158,7 @@ async def test_a_core_that_fails_repeatedly_is_detected(etcd: EtcdServer) -> Non
         for attempts in (1, 0):
             # First the core fails at the probe, later at another input in between.
             for _ in range(HUNG_AFTER):
-                engine.core.create = engine.core.expire = broken
+                engine.core.create = engine.core.create_admitted = engine.core.expire = broken
                 if not attempts:
                     engine._input(engine.core.expire)
                     # A new core was started.
@@ -166,7 +166,8 @@ async def test_a_core_that_fails_repeatedly_is_detected(etcd: EtcdServer) -> Non
                 await probe(proxy, failing=1)
             assert proxy.health.hung
             assert await check(client) == NOT_SERVING
-            vars(engine.core).pop("create", None), vars(engine.core).pop("expire", None)
+            for step in ("create", "create_admitted", "expire"):
+                vars(engine.core).pop(step, None)
             await probe(proxy)
             assert await check(client) == SERVING
 

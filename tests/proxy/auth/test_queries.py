@@ -83,7 +83,7 @@ def test_no_probe_from_before_a_break_admits_a_watch() -> None:
     queries = Queries(1.0)
     check = PermissionCheck(AuthScope(None, b"a", b""))
     queries.answered(begun(queries, queries.check(check, 0.0), 10), at(10))
-    assert queries.admit(check, 0.5) is not None
+    assert queries.admit(None, check.range, 0.5) is not None
     queries.broken()
     probe = begun(queries, queries.check(check, 0.5), 10)
     assert [type(effect) for effect in queries.answered(probe, at(5))] == [RevisionRegressed, AnswerCheck]

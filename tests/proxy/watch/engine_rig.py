@@ -50,6 +50,8 @@ class FakeReader:
 
     def __init__(self) -> None:
         self.header = HEADER
+        self.auth_off: Header | None = None
+        """The header of a recent answer that found auth off."""
         self.linearizable = True
         self.reads: list[tuple[Any, ...]] = []
         """For each call its token, and the keys and ends of its ranges."""
@@ -59,6 +61,11 @@ class FakeReader:
 
     def read(self, now: RevisionRead) -> None:
         self.do(self.queries.read(now))
+
+    def admit(self, session: Any, range_: tuple[bytes, bytes]) -> Header | None:
+        del session
+        assert range_ == (b"k", b"")
+        return self.auth_off
 
     def check(self, check: PermissionCheck) -> None:
         assert check.asked == AuthScope(None, b"k", b"")

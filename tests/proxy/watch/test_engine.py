@@ -34,12 +34,21 @@ async def test_inputs_never_nest() -> None:
     check.key, check.range_end = b"k", b""
     read: Any = SimpleNamespace(waiting=[check])
     rig.script("create", CheckPermission(check), ReadRevision(read), OpenUpstream("trunk"))  # type: ignore[arg-type]
-    rig.engine.create(check.session, None)  # type: ignore[arg-type]
+    rig.engine.create(check.session, CreateRequest(b"k"))
     # The answers arrived inside the effects, and waited until all effects were carried out.
     assert rig.core.names() == ["create", "permission", "revision_read"]
     assert rig.upstream.told == [("open", "trunk")]
     assert isinstance(rig.core.inputs[1][2], Granted)
     assert rig.core.inputs[2][1:3] == (read, HEADER)
+
+
+async def test_a_create_needs_no_check_while_auth_is_off() -> None:
+    rig = Rig()
+    rig.reader.auth_off = HEADER
+    check = watch_of(FakeOutlet(9))
+    rig.engine.create(check.session, CreateRequest(b"k"))
+    assert rig.core.names() == ["create_admitted"]
+    assert rig.core.inputs[0][3] == HEADER
 
 
 async def test_session_whose_token_is_refused_is_ended() -> None:
@@ -55,7 +64,7 @@ async def test_session_whose_token_is_refused_is_ended() -> None:
     # As the core does at `close`.
     outlets[1].on_end = lambda: setattr(creates[1].session, "ended", True)
     rig.script("create", ReadRevision(read))
-    rig.engine.create(creates[0].session, None)  # type: ignore[arg-type]
+    rig.engine.create(creates[0].session, CreateRequest(b"k"))
     assert [asked[0] for asked in rig.reader.reads] == [b"old", b"good"]
     assert [len(outlet.ends) for outlet in outlets] == [0, 1, 0]
     assert rig.core.names() == ["create", "close", "revision_read"]
@@ -63,7 +72,7 @@ async def test_session_whose_token_is_refused_is_ended() -> None:
     creates[2].refusal = "no"
     creates[0].session.ended = True
     rig.script("create", ReadRevision(read))
-    rig.engine.create(creates[0].session, None)  # type: ignore[arg-type]
+    rig.engine.create(creates[0].session, CreateRequest(b"k"))
     assert rig.reader.reads[-1] == (None,)
 
 
@@ -72,7 +81,7 @@ async def test_a_read_without_waiting_clients_makes_no_call() -> None:
     create = watch_of(FakeOutlet(9))
     create.session.ended = True
     rig.script("create", ReadRevision(SimpleNamespace(waiting=[create])))  # type: ignore[arg-type]
-    rig.engine.create(create.session, None)  # type: ignore[arg-type]
+    rig.engine.create(create.session, CreateRequest(b"k"))
     assert rig.reader.reads == []
     assert rig.core.inputs[1][2].revision == 0
 
@@ -167,7 +176,7 @@ async def test_a_failed_core_is_replaced_and_its_sessions_end() -> None:
     check.key, check.range_end = b"k", b""
     # The answer to the check waits in the inbox when the next effect fails.
     rig.script("create", OpenUpstream(TRUNK), CheckPermission(check), None)  # type: ignore[arg-type]
-    rig.engine.create(None, None)  # type: ignore[arg-type]
+    rig.engine.create(None, CreateRequest(b"k"))  # type: ignore[arg-type]
     assert rig.engine.stats.failures == 1
     assert isinstance(rig.engine.core, Coalescer)
     assert ended == [rig.engine.core]
