@@ -1,16 +1,19 @@
 """The list of client connections for operators: who is connected, with how many watches, and how far behind.
 
 Nothing is counted for it per event: the kernel counts each connection's bytes (TCP_INFO), and the rest is state that
-the proxy has anyway. The work of making the list is bounded.
+the proxy has anyway. The work of making the list is bounded, and divided among turns of the event loop.
 """
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import struct
+from collections.abc import AsyncIterator, Iterable
 from heapq import nlargest
 from itertools import islice
-from typing import TYPE_CHECKING, Final
+from operator import itemgetter
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from coalesce import report
 from proxy.admin.views import ClientView
@@ -23,6 +26,14 @@ if TYPE_CHECKING:
 LOOKED_AT: Final = 10_000
 """Connections, and watch streams, that are examined to find those to show."""
 
+PART: Final = 200
+"""How many of them are examined in one turn, at 3 us each."""
+
+VIEWS_PART: Final = 50
+"""Clients of whom all is read in one turn, at 12 us each."""
+
+T = TypeVar("T")
+
 TCP_INFO_BYTES: Final = 136
 """Size of struct tcp_info up to tcpi_bytes_received (Linux 4.1, include/uapi/linux/tcp.h)."""
 
@@ -30,23 +41,38 @@ _BYTE_COUNTS: Final = struct.Struct("=QQ")
 _BYTE_COUNTS_AT: Final = 120
 
 
-def clients(proxy: Proxy, now: float, at_most: int) -> list[ClientView]:
+async def clients(proxy: Proxy, now: float, at_most: int) -> list[ClientView]:
     """Return the clients that lag longest, then those with the most watches and streams; `at_most` of them.
 
     `now`: the loop's time.
     """
     sessions: dict[ServerConnection, list[Session]] = {}
-    for call in islice(proxy.watches.calls, LOOKED_AT):
-        if call.session is not None and call.connection.of_client:
-            sessions.setdefault(call.connection, []).append(call.session)
+    async for calls in _in_turns(islice(proxy.watches.calls, LOOKED_AT), PART):
+        for call in calls:
+            if call.session is not None and call.connection.of_client:
+                sessions.setdefault(call.connection, []).append(call.session)
 
     def weight(connection: ServerConnection) -> tuple[float, int, int]:
         own = sessions.get(connection, ())
         since = min((one.lagging_since for one in own if one.lagging_since is not None), default=now)
         return now - since, sum(len(one.watches) for one in own), len(connection.h2.streams)
 
-    connections = islice(proxy.listener.connections, LOOKED_AT)
-    return [_view(one, sessions.get(one, []), now) for one in nlargest(at_most, connections, key=weight)]
+    found: list[tuple[tuple[float, int, int], ServerConnection]] = []
+    async for connections in _in_turns(islice(proxy.listener.connections, LOOKED_AT), PART):
+        found = nlargest(at_most, found + [(weight(one), one) for one in connections], key=itemgetter(0))
+    views: list[ClientView] = []
+    async for shown in _in_turns(found, VIEWS_PART):
+        views += [_view(one, sessions.get(one, []), now) for _, one in shown]
+    return views
+
+
+async def _in_turns(items: Iterable[T], part: int) -> AsyncIterator[list[T]]:
+    """Yield the items that there are now, `part` of them in each turn of the event loop."""
+    left = list(items)
+    for start in range(0, len(left), part):
+        if start:
+            await asyncio.sleep(0)
+        yield left[start : start + part]
 
 
 def _view(connection: ServerConnection, sessions: list[Session], now: float) -> ClientView:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 from collections.abc import Iterator, Mapping
+from functools import cache
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from proxy.admin import memory
 from proxy.admin.delays import Histogram
 from proxy.admin.monitor import Monitor
 from proxy.admin.snapshot import Snapshot
@@ -200,8 +203,6 @@ def registry_of(monitor: Monitor) -> CollectorRegistry:
     """Return everything that a scrape shows."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(ProxyCollector(monitor))
-    if monitor.whole is None:
-        ProcessCollector(registry=registry)
     return registry
 
 
@@ -233,8 +234,7 @@ class ProxyCollector(Collector):
         for state in monitor.endpoints():
             up.add_metric([state.endpoint], float(state.connected))
         yield up
-        if monitor.whole is not None:
-            yield from _processes(monitor.whole)
+        yield from _this_process() if monitor.whole is None else _processes(monitor.whole)
 
 
 PROCESS_GAUGES = {
@@ -256,25 +256,36 @@ def _processes(whole: AllProcesses) -> Iterator[Metric]:
     for each in processes:
         used.add_metric([each.name], each.cpu_s)
     yield used
+    cpu_s = sum(each.cpu_s for each in whole.lives)
+    sizes = whole.virtual_memory_bytes, whole.memory_bytes
+    yield from _of_every_process(cpu_s, sizes, whole.descriptors, os.getppid())
+
+
+def _this_process() -> Iterator[Metric]:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    sizes = memory.virtual_and_resident_bytes()
+    yield from _of_every_process(used.ru_utime + used.ru_stime, sizes, descriptors.in_use(), os.getpid())
+
+
+def _of_every_process(cpu_s: float, sizes: tuple[int, int], opened: int, pid: int) -> Iterator[Metric]:
+    """Yield the metrics that Prometheus' clients export of a process; theirs lists the descriptors to count them."""
     yield CounterMetricFamily(
         "process_cpu_seconds_total",
-        "CPU time of hub and workers, those that have ended included.",
-        value=sum(each.cpu_s for each in whole.lives),
+        "CPU time in seconds; with --workers of hub and workers, those that have ended included.",
+        value=cpu_s,
     )
+    virtual, resident = sizes
     for name, text, value in (
-        ("resident_memory_bytes", "Sum of the processes, shared pages included in each.", whole.memory_bytes),
-        ("open_fds", "Open file descriptors of the process that has the most.", whole.descriptors),
+        ("resident_memory_bytes", "Resident memory; with --workers the sum, shared pages included in each.", resident),
+        ("virtual_memory_bytes", "Address space; with --workers the sum.", virtual),
+        ("open_fds", "Open file descriptors; with --workers of the process that has the most.", opened),
         ("max_fds", "Maximum number of open file descriptors of a process.", descriptors.limit()),
-        ("virtual_memory_bytes", "Sum of the processes.", whole.virtual_memory_bytes),
-        (
-            "start_time_seconds",
-            "Start time of the parent of all processes, since the epoch.",
-            _start_time_s(os.getppid()),
-        ),
+        ("start_time_seconds", "Start time since the epoch; with --workers of their parent.", _start_time_s(pid)),
     ):
         yield GaugeMetricFamily(f"process_{name}", text, value=value)
 
 
+@cache
 def _start_time_s(pid: int) -> float:
     collector = ProcessCollector(pid=lambda: pid, registry=CollectorRegistry())
     samples = {sample.name: sample.value for family in collector.collect() for sample in family.samples}

@@ -20,6 +20,7 @@ from proto.spans import FROM_KEY, prefix_of
 from proxy.admin import memory
 from proxy.admin.clients import clients
 from proxy.admin.delays import BOUNDS_S, DeliveryDelays, Histogram, LoopDelay, quantile
+from proxy.admin.health import BUNDLED_STORE
 from proxy.admin.snapshot import Snapshot, SnapshotSource
 from proxy.admin.views import Clients, EndpointView, HistoryPoint, Overview, ProcessView, SessionView, TrunkView
 from proxy.config import knobs
@@ -89,6 +90,11 @@ class Monitor:
         own = self._source.take()
         return own if self.whole is None else self.whole.snapshot(own)
 
+    def serving(self) -> tuple[bool, str]:
+        """Return whether the proxy serves, and why it does not or what is unusual about it."""
+        state = self._proxy.health if self.whole is None else self.take()
+        return state.serving, state.reason or (BUNDLED_STORE if self._proxy.bundled_store else "")
+
     @property
     def delivery_delay(self) -> Histogram:
         """The delays of deliveries to clients."""
@@ -99,7 +105,7 @@ class Monitor:
         """The delays of the event loop, with --workers those of all."""
         return self._own_loop.histogram if self.whole is None else self.whole.loop_delay()
 
-    def report(self, name: str) -> ProcessReport:
+    async def report(self, name: str) -> ProcessReport:
         """Return the report of this process; what is found by going through all clients is up to DETAILS_S old."""
         from proxy.admin.aggregate import ProcessReport, WorkerDetails  # only with --workers
 
@@ -110,8 +116,8 @@ class Monitor:
             self._details = WorkerDetails()
             if self.whole is None:
                 self._details = WorkerDetails(
+                    clients=(await self.clients(CLIENTS_SHOWN)).clients,
                     sessions=self.slowest_sessions(),
-                    clients=self.clients(CLIENTS_SHOWN).clients,
                     watches={each.range: each.watches for each in self._trunks()},
                 )
         used = resource.getrusage(resource.RUSAGE_SELF)
@@ -155,7 +161,7 @@ class Monitor:
         now = asyncio.get_running_loop().time()
         return [_session_view(session) for session in report.slowest(self._proxy.engine.core, now, SESSIONS_SHOWN)]
 
-    def clients(self, at_most: int = CLIENTS_LISTED) -> Clients:
+    async def clients(self, at_most: int = CLIENTS_LISTED) -> Clients:
         """Return the clients, at most `at_most` of them."""
         if self.whole is not None:
             total = sum(each.snapshot.connections for each in self.whole.workers)
@@ -163,7 +169,9 @@ class Monitor:
             views.sort(key=lambda view: (view.behind_s, view.watches, view.streams), reverse=True)
             return Clients(connections=total, clients=views[:at_most])
         now = asyncio.get_running_loop().time()
-        return Clients(connections=len(self._proxy.listener.connections), clients=clients(self._proxy, now, at_most))
+        return Clients(
+            connections=len(self._proxy.listener.connections), clients=await clients(self._proxy, now, at_most)
+        )
 
     @property
     def hung(self) -> str:
@@ -174,8 +182,9 @@ class Monitor:
         """Return the state of each endpoint."""
         return self._proxy.pool.states()
 
-    def overview(self) -> Overview:
+    async def overview(self) -> Overview:
         """Return the current data of the status page."""
+        shown = (await self.clients(CLIENTS_SHOWN)).clients
         counts = self.delivery_delay.counts
         recent = [now - then for now, then in zip(counts, self._step_counts, strict=True)]
         if not any(recent):
@@ -189,7 +198,7 @@ class Monitor:
             endpoints=[self._endpoint(state) for state in self.endpoints()],
             trunks=self._trunks(),
             sessions=self.slowest_sessions(),
-            clients=self.clients(CLIENTS_SHOWN).clients,
+            clients=shown,
             points=list(self.points),
             step_s=STEP_S,
             limits=self.limits(),

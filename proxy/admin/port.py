@@ -19,7 +19,6 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from proxy.admin.client_port import ClientPages
-from proxy.admin.health import BUNDLED_STORE
 from proxy.admin.http import AdminResponse, HttpServer, MakePage
 from proxy.admin.monitor import Monitor, limits_by_default
 from proxy.config.values import Address
@@ -76,10 +75,9 @@ class Exposition:
 
     def health(self) -> AdminResponse:
         """Answer in the format of etcd's /health, so that its probes work unchanged: whether it serves, or why not."""
-        snapshot = self.monitor.take()
-        reason = snapshot.reason or (BUNDLED_STORE if snapshot.bundled_store else "")
-        body = {"health": str(snapshot.serving).lower(), "reason": reason}
-        status = HTTPStatus.OK if snapshot.serving else HTTPStatus.SERVICE_UNAVAILABLE
+        serving, reason = self.monitor.serving()
+        body = {"health": str(serving).lower(), "reason": reason}
+        status = HTTPStatus.OK if serving else HTTPStatus.SERVICE_UNAVAILABLE
         return AdminResponse(_encoded(body), "application/json", status)
 
 
@@ -119,8 +117,8 @@ class Admin:
             "/readyz": shown.health,
             "/livez": self._live,
             "/v1/status": lambda: _json(self.monitor.take()),
-            "/v1/clients": lambda: _json(self.monitor.clients()),
-            "/v1/overview": lambda: _json(self.monitor.overview()),
+            "/v1/clients": self._clients,
+            "/v1/overview": self._overview,
             **{path: partial(_file, *page) for path, page in PAGES.items()},
         }
         self._server = HttpServer(pages)
@@ -141,6 +139,12 @@ class Admin:
         """Close the server and its connections."""
         self.monitor.stop()
         await self._server.stop()
+
+    async def _clients(self) -> AdminResponse:
+        return _json(await self.monitor.clients())
+
+    async def _overview(self) -> AdminResponse:
+        return _json(await self.monitor.overview())
 
     def _live(self) -> AdminResponse:
         """Report whether the proxy works, according to its self-probe; a blocked event loop does not answer at all.

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 from coalesce import report
 from proxy.admin import memory
 from proxy.listening.call_metrics import CODES
+from proxy.listening.turns import in_parts
 from proxy.version import program_version
 
 if TYPE_CHECKING:
+    from proxy.listening.connection import ServerConnection
     from proxy.server import Proxy
 
 
@@ -262,9 +264,12 @@ class SnapshotSource:
         self._version = program_version()
         self._suggested: tuple[float, list[CoverSuggestion]] = (float("-inf"), [])
         self._memory_limit: tuple[float, int] = (float("-inf"), 0)
+        # See `_most_of_a_connection`.
+        self._most = (0, 0)
+        self._looking = False
 
     def take(self) -> Snapshot:
-        """Read the proxy's parts now. The work is bounded: all connections, and a thousand lagging sessions."""
+        """Read the proxy's parts now. The work is bounded: a part of the connections, a thousand lagging sessions."""
         health = self._proxy.health
         snapshot = Snapshot(
             version=self._version,
@@ -307,8 +312,7 @@ class SnapshotSource:
             "handshake true": listener.handshakes,
         }
         snapshot.streams = listener.streams
-        snapshot.connection_streams = max((len(each.h2.streams) for each in connections), default=0)
-        snapshot.connection_sessions = max((each.sessions for each in connections), default=0)
+        snapshot.connection_streams, snapshot.connection_sessions = self._most_of_a_connection()
         snapshot.connections_accepted_total = stats.accepted
         snapshot.connections_http1_total = stats.http1
         snapshot.connections_failed_total = stats.failed
@@ -321,6 +325,27 @@ class SnapshotSource:
         snapshot.written_bytes_total = stats.written_bytes
         snapshot.cut_off_total = dict(stats.cut_off)
         self._read_calls(snapshot)
+
+    def _most_of_a_connection(self) -> tuple[int, int]:
+        """Return the most streams and watch streams that a connection has.
+
+        Of many connections, it is what the last snapshot began to find, since each takes a microsecond.
+        """
+        connections = self._proxy.listener.connections
+        if self._looking:
+            return self._most
+        streams = sessions = 0
+
+        def look(connection: ServerConnection) -> None:
+            nonlocal streams, sessions
+            streams, sessions = max(streams, len(connection.h2.streams)), max(sessions, connection.sessions)
+
+        def found() -> None:
+            self._most, self._looking = (streams, sessions), False
+
+        self._looking = True
+        in_parts(connections, look, found)
+        return self._most
 
     def _read_calls(self, snapshot: Snapshot) -> None:
         for key, method in self._proxy.listener.calls.methods.items():

@@ -58,7 +58,8 @@ def limit() -> int:
 def in_use() -> int:
     """Return the number of open descriptors, or an estimate where the system has no /proc."""
     try:
-        return len(os.listdir("/proc/self/fd"))
+        # The size of the directory is their number (Linux 6.2): to list 10,000 would take 5 ms. Before it is 0.
+        return os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd"))
     except OSError:
         return FILES
 

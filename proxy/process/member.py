@@ -128,7 +128,7 @@ class ReportingProcess:
             if (now := time.monotonic()) >= since_s + REPORT_INTERVAL_S / 2:
                 load = (time.process_time() - used_s) / (now - since_s)
                 since_s, used_s = now, time.process_time()
-            report = msgspec.Raw(msgspec.json.encode(monitor.report(self.place.name)))
+            report = msgspec.Raw(msgspec.json.encode(await monitor.report(self.place.name)))
             beat = Heartbeat(
                 problem=health.reason,
                 hung=health.hung,

@@ -15,12 +15,16 @@ from rich.console import Console
 from structlog.testing import capture_logs
 
 from proto.pb import rpc_pb2, rpc_pb2_grpc
+from proxy.admin import clients
 from proxy.admin.clients import byte_counts
 from proxy.admin.monitor import DETAILS_S, Monitor
+from proxy.admin.snapshot import SnapshotSource
 from proxy.admin.views import ClientView
+from proxy.listening import turns
 from proxy.listening.handshake import FAILURES_LOG_S
 from proxy.measuring.status import render_clients
 from proxy.server import Proxy
+from tests.e2e.raw_client import RawClient
 from tests.e2e.running import proxy_for
 from tests.etcd.server import EtcdServer
 from tests.proxy.admin.test_metrics import scrape, watch
@@ -34,8 +38,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     return make_certificates(tmp_path_factory.mktemp("tls"))
 
 
-def listed(proxy: Proxy) -> list[ClientView]:
-    return Monitor(proxy, "").clients().clients
+async def listed(proxy: Proxy) -> list[ClientView]:
+    return (await Monitor(proxy, "").clients()).clients
 
 
 async def test_a_client_is_listed_with_what_it_does(etcd: EtcdServer) -> None:
@@ -46,7 +50,7 @@ async def test_a_client_is_listed_with_what_it_does(etcd: EtcdServer) -> None:
             f"127.0.0.1:{proxy.port}", options=[("grpc.primary_user_agent", "small/1.0")]
         ) as other:
             await rpc_pb2_grpc.KVStub(other).Range(rpc_pb2.RangeRequest(key=b"a"))
-            busy, idle = listed(proxy)
+            busy, idle = await listed(proxy)
         assert (busy.watches, busy.sessions, busy.streams, busy.lagging, busy.tls) == (3, 3, 3, 0, "")
         assert (idle.watches, idle.sessions) == (0, 0)
         assert busy.peer.startswith("127.0.0.1:")
@@ -56,23 +60,71 @@ async def test_a_client_is_listed_with_what_it_does(etcd: EtcdServer) -> None:
         assert busy.received_bytes > 0
         assert busy.sent_bytes is not None
         shown = io.StringIO()
-        Console(file=shown, width=200).print(render_clients(Monitor(proxy, "").clients()))
+        Console(file=shown, width=200).print(render_clients(await Monitor(proxy, "").clients()))
         assert busy.peer in shown.getvalue()
-        assert len(Monitor(proxy, "").clients(1).clients) == 1
+        assert len((await Monitor(proxy, "").clients(1)).clients) == 1
         del calls
         await channel.close()
+
+
+async def test_the_list_is_made_over_several_turns(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that leaves meanwhile is no error."""
+    monkeypatch.setattr(clients, "PART", 2)
+    monkeypatch.setattr(clients, "VIEWS_PART", 1)
+    async with proxy_for(etcd) as proxy:
+        connected = [await RawClient.connect(proxy.port) for _ in range(5)]
+        for client in connected:
+            for _ in range(3):
+                await client.open_watch(b"a")
+        turned = 0
+
+        async def count() -> None:
+            nonlocal turned
+            while True:
+                await asyncio.sleep(0)
+                turned += 1
+                if turned == 8:
+                    next(iter(proxy.listener.connections)).abort()
+
+        counting = asyncio.ensure_future(count())
+        assert len(await listed(proxy)) in (4, 5)
+        counting.cancel()
+        # Fifteen streams and five connections in parts of two, then four or five views one by one.
+        assert turned >= 10
+        for client in connected:
+            await client.close()
+
+
+async def test_a_snapshot_of_many_connections_is_taken_in_parts(
+    etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with proxy_for(etcd) as proxy:
+        connected = [await RawClient.connect(proxy.port) for _ in range(5)]
+        await connected[4].open_watch(b"a")
+        await connected[4].open_watch(b"a")
+        source = SnapshotSource(proxy, "")
+        assert source.take().connection_sessions == 2
+        for _ in range(3):
+            await connected[0].open_watch(b"a")
+        monkeypatch.setattr(turns, "PART", 2)
+        # This one is the last that was found; the next has what this one began to find.
+        assert source.take().connection_sessions == 2
+        await until_async(lambda: not source._looking, "the end of the look")
+        assert (source.take().connection_sessions, source.take().connection_streams) == (3, 3)
+        for client in connected:
+            await client.close()
 
 
 async def test_a_worker_does_not_list_its_clients_for_each_report(etcd: EtcdServer) -> None:
     async with proxy_for(etcd) as proxy:
         await until_async(lambda: proxy.health.serving, "the proxy to find etcd")
         monitor = Monitor(proxy, "")
-        assert monitor.report("worker-1").details.clients == []
+        assert (await monitor.report("worker-1")).details.clients == []
         channel, calls = await watch(proxy, 3)
-        report = monitor.report("worker-1")
+        report = await monitor.report("worker-1")
         assert (report.snapshot.watches, report.details.clients) == (3, [])
         monitor._details_at -= DETAILS_S
-        assert [client.watches for client in monitor.report("worker-1").details.clients] == [3]
+        assert [client.watches for client in (await monitor.report("worker-1")).details.clients] == [3]
         del calls
         await channel.close()
 
@@ -86,11 +138,11 @@ async def test_the_client_that_lags_longest_is_first(etcd: EtcdServer) -> None:
         one_call: Any = rpc_pb2_grpc.WatchStub(one).Watch()
         await one_call.write(rpc_pb2.WatchRequest(create_request=rpc_pb2.WatchCreateRequest(key=b"a")))
         assert (await one_call.read()).created
-        assert [each.watches for each in listed(proxy)] == [3, 1]
+        assert [each.watches for each in await listed(proxy)] == [3, 1]
         call = next(each for each in proxy.watches.calls if each.connection.sessions == 1)
         assert call.session is not None
         call.session.lagging_since = asyncio.get_running_loop().time() - 5
-        first = listed(proxy)[0]
+        first = (await listed(proxy))[0]
         call.session.lagging_since = None
         assert (first.watches, first.behind_s >= 5) == (1, True)
         del many_calls
@@ -122,7 +174,7 @@ def test_connections_are_counted_by_protocol_and_tls(tls: bool, etcd: EtcdServer
             channel: Any = grpc.aio.secure_channel(address, root) if tls else grpc.aio.insecure_channel(address)
             async with channel:
                 await rpc_pb2_grpc.KVStub(channel).Range(rpc_pb2.RangeRequest(key=b"a"))
-                assert listed(proxy)[0].tls.startswith("TLSv1.") == tls
+                assert (await listed(proxy))[0].tls.startswith("TLSv1.") == tls
                 return {
                     (sample.labels["protocol"], sample.labels["tls"]): sample.value
                     for family in text_string_to_metric_families(scrape(Monitor(proxy, "")))

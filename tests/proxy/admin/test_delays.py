@@ -70,6 +70,6 @@ def test_the_history_of_points_is_bounded() -> None:
             monitor = Monitor(proxy, "")
             for _ in range(STEPS_KEPT + 5):
                 monitor.step(10.0)
-            return len(monitor.overview().points)
+            return len((await monitor.overview()).points)
 
     assert asyncio.run(run()) == STEPS_KEPT

@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc.aio
 import pytest
-from prometheus_client import Metric
+from prometheus_client import Metric, ProcessCollector
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import CollectorRegistry
@@ -119,6 +119,18 @@ async def idle_page(etcd: EtcdServer) -> tuple[str, set[str]]:
         await until_async(lambda: proxy.health.serving and proxy.upstream.connected, "the proxy to find etcd")
         monitor = Monitor(proxy, "127.0.0.1:1")
         return scrape(monitor), set(monitor.limits())
+
+
+async def test_the_process_is_described_as_by_prometheus_clients(etcd: EtcdServer) -> None:
+    """Without a list of the open descriptors, of which there may be ten thousand."""
+    page, _ = await idle_page(etcd)
+    expected = {
+        sample.name: sample.value for family in ProcessCollector(registry=None).collect() for sample in family.samples
+    }
+    for name in ("process_start_time_seconds", "process_max_fds"):
+        assert value(page, name) == expected.pop(name)
+    for name, of_theirs in expected.items():
+        assert value(page, name) == pytest.approx(of_theirs, rel=0.5, abs=20), name
 
 
 def test_metric_names_follow_the_conventions(etcd: EtcdServer) -> None:
