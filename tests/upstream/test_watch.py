@@ -118,6 +118,7 @@ async def test_manual_progress_is_asked_only_of_versions_that_order_it(version: 
                 # A bookmark under its own id is in order everywhere.
                 etcd.watches()[0].answer(0, 12)
                 await until_async(lambda: len(seen.of(a)) == 2, "the bookmark")
+                await until_async(lambda: len(etcd.watches()[0].messages) > 1, "the probe")
                 assert requests(etcd.watches()[0]) == ["create a from 0", "probe"]
 
 

@@ -115,6 +115,27 @@ def test_suspects_that_are_answered_go_back_to_the_shared_stream(state: WatchSta
     assert trial not in state.streams()
 
 
+def test_an_answered_suspect_registers_once(state: WatchState, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is answered while all watches are registering again, in parts."""
+    monkeypatch.setattr("upstream.watching.registrations.REGISTERED_MAX", 2)
+    live, suspect = [Opened(b"a"), Opened(b"b")], Opened(b"suspect")
+    for watch_id, watch in enumerate(live):
+        state.open(watch)
+        state.received(stream_of(state, watch), answer(watch_id, 10, created=True))
+    state.open(suspect)
+    state.over(stream_of(state, suspect), StreamEndAction.APART, 13, "reset")
+    assert in_words(state.register() + state.go_on())[-2:] == ["open stream", "probe"]
+    trial = stream_of(state, suspect)
+    state.received(trial, refusal(10))
+    assert state.register() == []
+    assert state.goes_on
+    effects = state.received(trial, answer(0, 10, created=True))
+    while state.goes_on:
+        effects += state.go_on()
+    assert in_words(effects).count("create suspect from 10") == 1
+    assert stream_of(state, suspect).live == 1
+
+
 @pytest.mark.parametrize("bad", [[0], [7], [19], [3, 4], [0, 10, 19], list(range(20))], ids=str)
 def test_among_many_only_those_that_end_their_streams_are_lost(bad: list[int], state: WatchState) -> None:
     live = Opened(b"live")

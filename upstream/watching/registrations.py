@@ -7,7 +7,7 @@ others.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from upstream.watching.stream import OpenedWatch, Registration
@@ -58,8 +58,13 @@ class Registrations:
         """Examine no registration any more."""
         self._coming.clear()
 
-    def take(self) -> list[Registration]:
-        """Take the next ones to be examined, and return those that are open and without a stream."""
+    def take(self) -> Iterator[Registration]:
+        """Take the next ones to be examined, and yield those that are open and without a stream when it is their turn.
+
+        One that is to be examined twice may have a stream the second time.
+        """
         coming = self._coming
-        taken = [coming.popleft() for _ in range(min(len(coming), REGISTERED_MAX))]
-        return [registration for registration in taken if registration.stream is None and not registration.closed]
+        for _ in range(min(len(coming), REGISTERED_MAX)):
+            registration = coming.popleft()
+            if registration.stream is None and not registration.closed:
+                yield registration
