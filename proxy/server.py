@@ -37,6 +37,7 @@ from upstream.endpoints import Endpoint, parse_endpoint, parse_endpoints
 from upstream.fitness import STATUS_PATH
 from upstream.namespace import Namespace
 from upstream.pool import Pool
+from upstream.problems import EndpointProblems
 from upstream.settings import UpstreamSettings as UpstreamSettings
 from upstream.watch_route import RouteIds, new_id
 from upstream.watching.client import WatchClient
@@ -141,7 +142,8 @@ class Proxy:
     async def start(self) -> None:
         """Start: connections to etcd in the background, then the listener. Raises OSError when it cannot listen."""
         settings, tls = self._settings, self._settings.upstream_tls
-        self.pool = Pool(self.endpoints, tls, settings.upstream, logs.logger("pool"), self._ids)
+        problems = EndpointProblems(logs.logger("upstream"))
+        self.pool = Pool(self.endpoints, tls, settings.upstream, logs.logger("pool"), self._ids, problems)
         self.pool.when_available(self._upstream_changed)
         namespace = self._namespace
         self.reader = AuthReader(self.pool, settings.reader, namespace)
@@ -158,6 +160,7 @@ class Proxy:
             namespace,
             self._ids,
             are_proxies=bool(self.watch_endpoints),
+            problems=problems,
         )
         self.upstream.cluster_id = settings.cluster_id
         self.pool.cork = self.upstream.cork = self.listener

@@ -22,8 +22,9 @@ from proto.scan import Header
 from upstream.connecting import connect
 from upstream.connection import ClientConnection, NotSent
 from upstream.endpoints import Backoff, Endpoint
-from upstream.errors import CallFailed, Logger, Unreachable
+from upstream.errors import CallFailed, Unreachable
 from upstream.fitness import STATUS_PATH
+from upstream.problems import WATCHES, EndpointProblems
 from upstream.settings import WATCH_LIMITS, UpstreamSettings
 from upstream.unary import Metadata, call_unary
 from upstream.watch_route import LoopOfProxies, Route, RouteIds, parse, shown, unusable, up_to
@@ -104,7 +105,6 @@ class Target:
         "backoff",
         "endpoint",
         "is_proxy",
-        "last_logged_problem",
         "leaderless",
         "loop",
         "not_before",
@@ -135,8 +135,6 @@ class Target:
         self.loop = ""
         # Its last answer was that it has no Watch service.
         self.unimplemented = False
-        # The problem last logged; "" when it works.
-        self.last_logged_problem = ""
 
     def failed(self, now: float) -> None:
         """Record a failure, and set when the endpoint may be tried again."""
@@ -153,18 +151,21 @@ class Dialer:
         endpoints: Sequence[Endpoint],
         tls: ssl.SSLContext | None,
         settings: UpstreamSettings,
-        log: Logger,
+        problems: EndpointProblems,
         on_failure: Callable[[], None],
         ids: RouteIds | None = None,
         *,
         are_proxies: bool = False,
     ) -> None:
-        """`ids`: of this proxy. `are_proxies`: the endpoints are proxies whose watches must have a server."""
+        """`problems`: where the problems of endpoints are logged. `ids`: of this proxy.
+
+        `are_proxies`: the endpoints are proxies whose watches must have a server.
+        """
         self._ids = ids or RouteIds()
         self.targets = [Target(endpoint, settings, are_proxies) for endpoint in endpoints]
         self._tls = tls
         self._settings = settings
-        self._log = log
+        self._problems = problems
         # Called after each failed attempt.
         self._on_failure = on_failure
         # Targets in the order of attempts: the one that worked last is first.
@@ -176,6 +177,8 @@ class Dialer:
 
     def set_endpoints(self, endpoints: Sequence[Endpoint], are_proxies: bool) -> None:
         """Replace the endpoints; those that stay what they are keep their state. A search in progress restarts."""
+        for target in self.targets:
+            self.works(target)
         known = {target.endpoint: target for target in self.targets if target.is_proxy == are_proxies}
         self.targets = [known.get(endpoint) or Target(endpoint, self._settings, are_proxies) for endpoint in endpoints]
         self._order = list(self.targets)
@@ -252,10 +255,12 @@ class Dialer:
             self.timeouts[failure.limit] += 1
 
     def problem(self, target: Target, text: str) -> None:
-        """Log an endpoint's problem, unless it was the last one logged."""
-        if target.last_logged_problem != text:
-            target.last_logged_problem = text
-            self._log.warning("cannot open upstream watches at this etcd", endpoint=target.endpoint.text, problem=text)
+        """Log an endpoint's problem, unless it is known."""
+        self._problems.met(WATCHES, target.endpoint.text, text)
+
+    def works(self, target: Target) -> None:
+        """Note that a target can be used."""
+        self._problems.over(WATCHES, target.endpoint.text)
 
     async def _discard(self, tasks: list[asyncio.Task[Server]], winner: Server | None) -> None:
         for task in tasks:

@@ -17,9 +17,6 @@ from typing import Final
 from upstream.errors import BadEndpoint
 from upstream.settings import BACKOFF_FIRST_S, BACKOFF_MAX_S
 
-PORT_DEFAULT: Final = 2379
-"""etcd's client port."""
-
 _SECURE_OF_SCHEME: Final = {"https": True, "unixs": True, "http": False, "unix": None, "http+unix": False}
 _HOST: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?")
 _ADDRESS_6: Final = re.compile(r"[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?")
@@ -89,7 +86,7 @@ def parse_endpoint(text: str) -> Endpoint:
         raise BadEndpoint(where, "there is a path after the port", _TO_DO)
     if "@" in rest:
         raise BadEndpoint(where, "it contains a user name", "use --user instead")
-    host, port = _host_and_port(rest, where)
+    host, port = _host_and_port(rest, where, scheme + mark if mark else "")
     return Endpoint(text, host, port, "", secure)
 
 
@@ -99,19 +96,21 @@ def _unix(text: str, scheme: str, path: str) -> Endpoint:
     return Endpoint(text, "localhost", 0, path, _SECURE_OF_SCHEME[scheme])
 
 
-def _host_and_port(text: str, where: str) -> tuple[str, int]:
+def _host_and_port(text: str, where: str, scheme: str) -> tuple[str, int]:
     if text.startswith("["):
         host, bracket, tail = text[1:].partition("]")
         good = bool(bracket) and _ADDRESS_6.fullmatch(host) is not None and (not tail or tail.startswith(":"))
-        port = tail[1:] if tail else str(PORT_DEFAULT)
+        colon, port = tail[:1], tail[1:]
     else:
         host, colon, port = text.partition(":")
         if ":" in port:
             raise BadEndpoint(where, "an IPv6 address needs brackets", "write [address]:port")
         good = _HOST.fullmatch(host) is not None
-        port = port if colon else str(PORT_DEFAULT)
     if not good:
         raise BadEndpoint(where, f"{host!r} is not a host name or address" if host else "the host is missing", _TO_DO)
+    if not colon:
+        # As for etcd's clients: Go's net.Dial has no default port ("missing port in address").
+        raise BadEndpoint(where, "the port is missing", f"write {scheme}{text}:2379, or the port that it listens on")
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536):
         raise BadEndpoint(where, f"{port!r} is not a port", "give a port from 1 to 65535")
     return host, int(port)

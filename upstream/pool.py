@@ -23,6 +23,7 @@ from upstream.endpoints import Endpoint
 from upstream.errors import CallFailed, Logger, NullLogger, Unreachable
 from upstream.fitness import Fitness, is_refused_unserved, is_suspicious
 from upstream.hedged import HedgedCall, Hedging, Request
+from upstream.problems import EndpointProblems
 from upstream.settings import CONNECTION_LIMITS, ConnectionSettings, UpstreamSettings
 from upstream.slot import Slot
 from upstream.transport import Cork
@@ -48,12 +49,14 @@ class Pool:
         settings: UpstreamSettings | None = None,
         log: Logger | None = None,
         ids: RouteIds | None = None,
+        problems: EndpointProblems | None = None,
     ) -> None:
-        """`ids`: of the proxy that it belongs to."""
+        """`ids`: of the proxy that it belongs to. `problems`: shared with its watch client."""
         self._ids = ids or RouteIds()
         self._settings = settings or UpstreamSettings()
         self._tls = tls
         self._log = log or NullLogger()
+        self._problems = problems or EndpointProblems(self._log)
         self._slots = [self._slot(endpoint) for endpoint in endpoints]
         # The slots that get calls, as of the last change.
         self._serving: list[Slot] = []
@@ -76,7 +79,7 @@ class Pool:
         self._changed = asyncio.Event()
 
     def _slot(self, endpoint: Endpoint) -> Slot:
-        return Slot(endpoint, self._settings, self, self._log, self._ids)
+        return Slot(endpoint, self._settings, self, self._log, self._problems, self._ids)
 
     def start(self) -> None:
         """Start connecting, in the running event loop."""

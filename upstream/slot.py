@@ -11,6 +11,7 @@ from upstream.connections import Connections, settings_after
 from upstream.endpoints import Backoff, Endpoint
 from upstream.errors import Logger, Unreachable
 from upstream.fitness import Fitness, read_fitness
+from upstream.problems import CALLS, EndpointProblems
 from upstream.settings import ConnectionSettings, UpstreamSettings
 from upstream.watch_route import LoopOfProxies, RouteIds
 
@@ -45,7 +46,7 @@ class Slot:
         "_looked_at",
         "_lost",
         "_owner",
-        "_reported",
+        "_problems",
         "_settings",
         "_task",
         "_turn",
@@ -59,7 +60,13 @@ class Slot:
     )
 
     def __init__(
-        self, endpoint: Endpoint, settings: UpstreamSettings, owner: SlotOwner, log: Logger, ids: RouteIds
+        self,
+        endpoint: Endpoint,
+        settings: UpstreamSettings,
+        owner: SlotOwner,
+        log: Logger,
+        problems: EndpointProblems,
+        ids: RouteIds,
     ) -> None:
         self.endpoint = endpoint
         self.connection_settings = settings.connection
@@ -78,6 +85,7 @@ class Slot:
         self._owner = owner
         self._settings = settings
         self._log = log
+        self._problems = problems
         self._ids = ids
         self._backoff = Backoff(settings.backoff_first_s, settings.backoff_max_s)
         self._task: asyncio.Task[None] | None = None
@@ -86,8 +94,6 @@ class Slot:
         self._lost: asyncio.Future[Unreachable] | None = None
         # When the last check of the member started, in loop time.
         self._looked_at = 0.0
-        # The problem last logged; "" if none was.
-        self._reported = ""
 
     def start(self) -> None:
         """Keep it connected from now on."""
@@ -96,6 +102,7 @@ class Slot:
 
     def retire(self, reason: Unreachable) -> None:
         """Open no more connections; the open ones close when their calls have ended."""
+        self._problems.over(CALLS, self.endpoint.text)
         self._cancel()
         if self.connections is not None:
             self.connections.retire(reason)
@@ -144,9 +151,7 @@ class Slot:
                 # Retry once at once after a working connection: until that fails the endpoint does not count as down.
                 continue
             self.failure = failure
-            if str(failure) != self._reported:
-                self._reported = str(failure)
-                self._log.warning("cannot connect to etcd", endpoint=self.endpoint.text, problem=self._reported)
+            self._problems.met(CALLS, self.endpoint.text, str(failure))
             self._owner.changed()
             await asyncio.sleep(delay_s)
 
@@ -171,6 +176,7 @@ class Slot:
         )
         self.failure = None
         self._backoff.succeeded(loop.time())
+        self._problems.over(CALLS, self.endpoint.text)
         self._log.info("connected to etcd", endpoint=self.endpoint.text)
         if self.fitness is not Fitness.SERVES:
             self.look()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from proxy.config.values import BadValue, parse_address
 from proxy.errors import WRONG_REQUEST, Failed
 from proxy.measuring.load.judge import NoTruth
 from proxy.measuring.load.plan import ROOT, LoadShape
@@ -82,8 +83,18 @@ def metrics_urls(flag: str, text: str) -> list[str]:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise Failed(f"{flag}: {part!r} is not an address; write http://HOST:PORT/metrics", WRONG_REQUEST)
+        if "://" not in part:
+            # Only a URL may leave out the port, which is HTTP's own then.
+            _check_address(flag, part.partition("/")[0])
         urls.append(url)
     return urls
+
+
+def _check_address(flag: str, text: str) -> None:
+    try:
+        parse_address(text)
+    except BadValue as error:
+        raise Failed(f"{flag}: {error}", WRONG_REQUEST) from None
 
 
 def run_load(work: Coroutine[Any, Any, int]) -> int:

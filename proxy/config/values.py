@@ -15,6 +15,7 @@ ENV_PREFIX = "WATCHMUX_"
 """Prefix of the environment variables."""
 
 _DURATION_UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_NUMBER = re.compile(r"\d+\.?\d*|\.\d+")
 _DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h|d)")
 SECONDS_MAX = 2**63 // 10**9
 """The longest duration that Go's flags take, 292 years; timers fail at longer ones."""
@@ -46,21 +47,19 @@ class Address(NamedTuple):
 
 
 def parse_duration_s(text: str) -> float:
-    """Parse a Go duration (`1m30s`, `500ms`) or a plain number of seconds; return seconds.
+    """Parse a Go duration (`1m30s`, `500ms`, `0`); return seconds.
 
-    Raises BadValue.
+    As in Go's flags, only 0 needs no unit (time.ParseDuration). Raises BadValue.
     """
     plain = text.strip()
-    try:
-        seconds = float(plain)
-    except ValueError:
-        parts = list(_DURATION_PART.finditer(plain))
-        if not parts or "".join(part.group(0) for part in parts) != plain:
-            raise BadValue(f"{text!r} is not a duration; write it like 500ms, 10s or 1m30s") from None
-        seconds = sum(float(part.group(1)) * _DURATION_UNITS_S[part.group(2)] for part in parts)
-    else:
-        if not 0 <= seconds < float("inf"):
-            raise BadValue(f"{text!r} is not a duration; write it like 500ms, 10s or 1m30s")
+    parts = list(_DURATION_PART.finditer(plain))
+    if plain == "0":
+        return 0.0
+    if _NUMBER.fullmatch(plain):
+        raise BadValue(f"{shortened(text)} has no unit; write it like 500ms, 10s or 1m30s")
+    if not parts or "".join(part.group(0) for part in parts) != plain:
+        raise BadValue(f"{text!r} is not a duration; write it like 500ms, 10s or 1m30s")
+    seconds = sum(float(part.group(1)) * _DURATION_UNITS_S[part.group(2)] for part in parts)
     if seconds > SECONDS_MAX:
         raise BadValue(f"{shortened(text)} is too long; the maximum is 292 years ({SECONDS_MAX}s)")
     return seconds

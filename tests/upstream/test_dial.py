@@ -14,6 +14,7 @@ from upstream.connection import ClientConnection
 from upstream.dial import Dialer, Server, Target
 from upstream.endpoints import parse_endpoints
 from upstream.errors import Unreachable
+from upstream.problems import EndpointProblems
 from upstream.settings import UpstreamSettings
 from upstream.watching.choice import EndpointPolicy
 
@@ -30,7 +31,7 @@ def after_turns(turns: int, task: asyncio.Task[Any]) -> None:
 async def test_cancelled_search_leaves_no_connection(turns: int) -> None:
     async with scripted() as one, scripted() as other, asyncio.timeout(20):
         endpoints = parse_endpoints([one.endpoint, other.endpoint])
-        dialer = Dialer(endpoints, None, UpstreamSettings(stagger_s=0.0), RecordedLog(), lambda: None)
+        dialer = Dialer(endpoints, None, UpstreamSettings(stagger_s=0.0), EndpointProblems(RecordedLog()), lambda: None)
 
         def accept(_: Server) -> bool:
             after_turns(turns, search)
@@ -49,7 +50,7 @@ async def test_cancelled_search_leaves_no_connection(turns: int) -> None:
 async def test_cancelled_status_request_leaves_no_connection(turns: int) -> None:
     async with scripted() as one, scripted() as silent, asyncio.timeout(20):
         silent.on_message = lambda _call, _message: None
-        dialer = Dialer([], None, UpstreamSettings(), RecordedLog(), lambda: None)
+        dialer = Dialer([], None, UpstreamSettings(), EndpointProblems(RecordedLog()), lambda: None)
         question = asyncio.create_task(
             dialer.examine(parse_endpoints([one.endpoint, silent.endpoint]), 0, are_proxies=False)
         )
@@ -90,7 +91,11 @@ async def test_found_leader_counts_while_another_endpoint_has_none() -> None:
     settings = UpstreamSettings(stagger_s=0.0, backoff_first_s=0.001, backoff_max_s=0.001)
     endpoints = parse_endpoints(["127.0.0.1:1", "127.0.0.1:2"])
     dialer = OneLeader(
-        endpoints, None, settings, RecordedLog(), lambda: reports.append(choice.failed(dialer.targets, False))
+        endpoints,
+        None,
+        settings,
+        EndpointProblems(RecordedLog()),
+        lambda: reports.append(choice.failed(dialer.targets, False)),
     )
     dialer.asked = {}
     search = asyncio.create_task(dialer.dial(lambda server: choice.is_acceptable(server.has_leader)))

@@ -12,12 +12,12 @@ from upstream.errors import BadEndpoint
     ("text", "expected", "authority"),
     [
         ("127.0.0.1:2379", ("127.0.0.1", 2379, "", None), b"127.0.0.1:2379"),
-        ("etcd-0.etcd.svc.cluster.local", ("etcd-0.etcd.svc.cluster.local", 2379, "", None), None),
+        ("etcd-0.etcd.svc.cluster.local:2379", ("etcd-0.etcd.svc.cluster.local", 2379, "", None), None),
         ("http://etcd:23790", ("etcd", 23790, "", False), b"etcd:23790"),
-        ("HTTPS://etcd", ("etcd", 2379, "", True), b"etcd:2379"),
+        ("HTTPS://etcd:2379", ("etcd", 2379, "", True), b"etcd:2379"),
         ("https://etcd:1/", ("etcd", 1, "", True), b"etcd:1"),
         ("[::1]:2379", ("::1", 2379, "", None), b"[::1]:2379"),
-        ("http://[fe80::1%eth0]", ("fe80::1%eth0", 2379, "", False), None),
+        ("http://[fe80::1%eth0]:2379", ("fe80::1%eth0", 2379, "", False), None),
         ("my_host:99", ("my_host", 99, "", None), None),
         ("unix:///run/etcd.sock", ("localhost", 0, "/run/etcd.sock", None), b"localhost"),
         ("unixs:///run/etcd.sock", ("localhost", 0, "/run/etcd.sock", True), b"localhost"),
@@ -39,6 +39,9 @@ def test_good_endpoints(text: str, expected: tuple[str, int, str, bool | None], 
         ("ftp://etcd:2379", "the scheme 'ftp' is unknown"),
         ("http://", "the host is missing"),
         (":2379", "the host is missing"),
+        ("etcd", "the port is missing; write etcd:2379, or the port"),
+        ("https://etcd", "the port is missing; write https://etcd:2379, "),
+        ("http://[::1]/", r"the port is missing; write http://\[::1\]:2379, "),
         ("etcd:", "'' is not a port"),
         ("etcd:http", "'http' is not a port"),
         ("etcd:0", "'0' is not a port"),
@@ -65,7 +68,7 @@ def test_bad_endpoints_are_refused_with_an_explanation(text: str, complaint: str
 
 def test_lists() -> None:
     assert [endpoint.text for endpoint in parse_endpoints(" a:1, http://b:2,,a:1 ")] == ["a:1", "http://b:2"]
-    assert [endpoint.port for endpoint in parse_endpoints(["a", "b:1"])] == [2379, 1]
+    assert [endpoint.port for endpoint in parse_endpoints(["a:2", "b:1"])] == [2, 1]
     nothings: list[str | list[str]] = ["", " , ", []]
     for nothing in nothings:
         with pytest.raises(BadEndpoint, match="the list is empty"):

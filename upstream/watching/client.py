@@ -32,6 +32,7 @@ from upstream.dial import Dialer, Examined, Server, ServerInUse, any_of
 from upstream.endpoints import Endpoint
 from upstream.errors import CallFailed, Logger, NullLogger, Unreachable
 from upstream.namespace import Namespace
+from upstream.problems import EndpointProblems
 from upstream.settings import UpstreamSettings
 from upstream.transport import Cork
 from upstream.unary import HAS_LEADER, Metadata
@@ -65,9 +66,10 @@ class WatchClient:
         ids: RouteIds | None = None,
         *,
         are_proxies: bool = False,
+        problems: EndpointProblems | None = None,
     ) -> None:
         """`credentials`: the proxy's own user, whose token trunks are watched with; without it each watch uses its own.
-        `namespace`: the prefix of the watches' keys at etcd. `ids`, `are_proxies`: see `Dialer`.
+        `namespace`: the prefix of the watches' keys at etcd. `ids`, `are_proxies`, `problems`: see `Dialer`.
         """
         self._settings = settings or UpstreamSettings()
         self._listener = listener
@@ -76,8 +78,9 @@ class WatchClient:
         self._state.late_progress = are_proxies
         # Reads a response; with a namespace, all watches are in it.
         self.scan = scan_watch_response if namespace is None else namespace.scan
+        problems = problems or EndpointProblems(self._log)
         self._dialer = Dialer(
-            endpoints, tls, self._settings, self._log, self._attempt_failed, ids, are_proxies=are_proxies
+            endpoints, tls, self._settings, problems, self._attempt_failed, ids, are_proxies=are_proxies
         )
         # The server in use; None while there is none.
         self._server: Server | None = None
@@ -480,7 +483,7 @@ class WatchClient:
         self._lost.clear()
         target = server.target
         target.backoff.succeeded(asyncio.get_running_loop().time())
-        target.last_logged_problem = ""
+        self._dialer.works(target)
         self._prepare(server)
         connections = Connections(
             server.connection,

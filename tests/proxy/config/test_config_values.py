@@ -33,8 +33,8 @@ from proxy.config.values import (
         ("250us", 0.00025),
         ("100ns", 1e-7),
         ("1d", 86400.0),
-        (" 3 ", 3.0),
-        ("2.5", 2.5),
+        (" 3s ", 3.0),
+        (".5s", 0.5),
     ],
 )
 def test_durations_are_read_as_go_writes_them(text: str, seconds: float) -> None:
@@ -47,7 +47,14 @@ def test_bad_durations_are_refused(text: str) -> None:
         parse_duration_s(text)
 
 
-@pytest.mark.parametrize("text", ["2562048h", "9223372037", "9" * 400 + "h"])
+@pytest.mark.parametrize("text", ["5", "2.5", ".5", "00", "9" * 400])
+def test_durations_without_a_unit_are_refused(text: str) -> None:
+    """As by the flags of etcd and etcdctl."""
+    with pytest.raises(BadValue, match="has no unit; write it like 500ms, 10s or 1m30s"):
+        parse_duration_s(text)
+
+
+@pytest.mark.parametrize("text", ["2562048h", "9223372037s", "9" * 400 + "h"])
 def test_durations_that_no_timer_takes_are_refused(text: str) -> None:
     with pytest.raises(BadValue, match=r"is too long; the maximum is 292 years \(9223372036s\)$"):
         parse_duration_s(text)

@@ -33,6 +33,7 @@ from upstream.connecting import connect
 from upstream.dial import Dialer
 from upstream.endpoints import parse_endpoint, parse_endpoints
 from upstream.errors import NullLogger
+from upstream.problems import EndpointProblems
 from upstream.settings import UpstreamSettings
 from upstream.tls import client_context, server_context
 
@@ -291,7 +292,9 @@ async def test_an_endpoint_that_failed_is_tried_at_its_next_address(monkeypatch:
         hung.on_status = lambda _: None
         Resolver(monkeypatch, "etcd.example", "127.0.0.2", "127.0.0.1")
         settings = UpstreamSettings(status_timeout_s=0.1)
-        dialer = Dialer(parse_endpoints(f"etcd.example:{server.port}"), None, settings, NullLogger(), lambda: None)
+        dialer = Dialer(
+            parse_endpoints(f"etcd.example:{server.port}"), None, settings, EndpointProblems(NullLogger()), lambda: None
+        )
         found = await dialer.dial(lambda _: True)
         assert (len(hung.asked), len(server.connections)) == (1, 1)
         found.connection.close()
