@@ -32,6 +32,7 @@ from coalesce.inputs import CreateRefusal, CreateRequest, Granted, Identity, Ups
 from coalesce.invariants import check
 from coalesce.joining import Admission
 from coalesce.limits import CoreLimits
+from coalesce.losing import Losses
 from coalesce.model import Backfill, PendingCreate, PendingRead, Session, Trunk, Upstream, Watch
 from coalesce.moving import CoverMover
 from coalesce.notifying import ProgressNotifier
@@ -66,6 +67,7 @@ class Coalescer:
         self._reads = reads = RevisionReads(state)
         self._trunks = trunks = Trunks(state, placement)
         self._cancellation = cancellation = Cancellation(state, reads, progress, placement, replayer, trunks)
+        self._losses = Losses(state, reads, progress, placement, trunks, cancellation)
         self._admission = Admission(state, reads, progress, placement, trunks, cancellation)
         self._moving = CoverMover(state, waiters, requests, self._notifying, placement, trunks)
         # The next deadline may have moved earlier since the last call of `next_deadline`. An ordinary event does not
@@ -240,7 +242,7 @@ class Coalescer:
         if response.events:
             self._events(upstream, response)
         if response.canceled:
-            self._cancellation.canceled(upstream, response)
+            self._losses.canceled(upstream, response)
         elif not response.created and not response.events:
             state.end_run(owner)
             self._placement.proven(upstream, response.header.revision)
@@ -270,7 +272,7 @@ class Coalescer:
     def upstream_lost(self, upstream: Upstream, reason: UpstreamLost, now: float) -> list[Effect]:
         """An upstream watch has ended and is not resumed: end its sessions, or refuse its creates with the text."""
         self._begin(now)
-        self._cancellation.lost(upstream, reason)
+        self._losses.lost(upstream, reason)
         return self._finish()
 
     def no_leader(self, now: float) -> list[Effect]:
@@ -282,7 +284,7 @@ class Coalescer:
     def other_history(self, header: Header, now: float) -> list[Effect]:
         """The store was restored from a snapshot, or replaced; it is at this header's revision now."""
         self._begin(now)
-        self._cancellation.other_history(header)
+        self._losses.other_history(header)
         return self._finish()
 
     def header_seen(self, header: Header) -> None:
@@ -297,6 +299,8 @@ class Coalescer:
         self.deadline_moved = False
         state = self._state
         if state.to_replay_later or state.to_advance_later or state.leaving or self._reads.answered:
+            return state.now
+        if state.ending or state.leaderless or state.to_prepare or state.restored:
             return state.now
         if (state.to_promote or state.queued) and self._placement.is_due:
             return state.now
@@ -329,10 +333,15 @@ class Coalescer:
     def expire(self, now: float) -> list[Effect]:
         """Do what is due."""
         self._begin(now)
+        if self._state.restored is not None:
+            self._losses.restore()
+            self._cancellation.expire()
+            return self._finish()
         self._admission.expire()
         self._cancellation.expire()
         # First, so that nothing is delivered to a session that ends in this input.
         self._cancellation.too_far_behind()
+        self._losses.expire()
         self._moving.expire()
         self._trunks.expire()
         self._runs.expire()
@@ -378,11 +387,13 @@ class Coalescer:
         state = self._state
         if now > state.now:
             state.now = now
-        self._admission.left = state.limits.step_watches_max
+        self._admission.left = 0 if state.restored else state.limits.step_watches_max
 
     def _finish(self) -> list[Effect]:
         """Pass on what the parts have recorded for parts above them, in a fixed order; return the effects."""
         state = self._state
+        if state.restored is not None:
+            return self._postpone()
         if state.to_advance or state.to_prepare:
             self._admission.finish()
         if state.to_replay:
@@ -392,4 +403,12 @@ class Coalescer:
             self._replayer.postpone()
         # A new list, since the next input may come much later: ten thousand answers take some memory.
         effects, state.effects = state.effects, []
+        return effects
+
+    def _postpone(self) -> list[Effect]:
+        """Leave everything that is recorded until all trunks are restarted after a restore; return the effects."""
+        self._admission.left = 0
+        self._admission.finish()
+        self._replayer.postpone()
+        effects, self._state.effects = self._state.effects, []
         return effects

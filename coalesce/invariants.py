@@ -17,8 +17,8 @@
 10. A backfill has watches or is an upgrade; no more are open than allowed; no watch is queued while one may be opened,
     except those that wait for the next timer; and a backfill is paused only while all its watches lag.
 11. A trunk without watches and without creates that wait for it lingers; any other does not.
-12. One upstream watch is open at etcd per trunk and per backfill, and each of them knows its source. It starts at
-    "now" or at a revision, never at 0.
+12. One upstream watch is open at etcd per trunk and per backfill, except those that end, and each of them knows its
+    source. It starts at "now" or at a revision, never at 0.
 13. The head of a session's queue waits for something that is under way: a check, a read, a trunk's `created`, or the
     next timer. A queue marked full is longer than the size at which it is released.
 14. A queued read exists only while another one is in flight, and no create waits for a read that is not scheduled.
@@ -71,7 +71,7 @@ def check(
     progress: Progress,
 ) -> None:
     """Raise InvariantBroken if anything is wrong."""
-    waiting = state.to_advance or state.to_replay or state.to_prepare
+    waiting = state.to_advance or state.to_replay
     _need(23, not waiting, "work of one input is left for the next one")
     for session in state.sessions:
         _check_session(state, session)
@@ -142,12 +142,12 @@ def _check_progress(session: Session, waiters: ProgressWaiters, progress: Progre
 def _check_head(state: CoreState, session: Session) -> None:
     assert session.queue is not None, "the caller has checked"
     head = session.queue[0]
-    if session in state.to_advance_later:
+    if session in state.to_advance_later or head in state.to_prepare:
         return
     _need(13, isinstance(head, PendingCreate), "only creates wait")
     assert isinstance(head, PendingCreate), "checked above"
     waits_for_check = not head.checked and head.refusal is None
-    waits_for_trunk = head.trunk is not None and head.trunk.opening
+    waits_for_trunk = head.trunk is not None and not head.trunk.is_live
     _need(13, waits_for_check or head.reading or waits_for_trunk, head.request)
     for create in session.queue:
         if isinstance(create, PendingCreate) and create.trunk is not None:
@@ -259,12 +259,13 @@ def _check_backfills(state: CoreState, placement: Placement) -> None:
     _need(10, len(listed) <= state.limits.backfills_max, "too many backfills")
     _need(
         10,
-        not state.queued or len(listed) == state.limits.backfills_max or placement.is_due,
+        not state.queued or len(listed) == state.limits.backfills_max or placement.is_due or bool(state.restored),
         "a watch is queued though a backfill may be opened",
     )
     for backfill in state.backfills:
         _check_source(state, backfill)
-        _need(10, bool(backfill.watches) or backfill.is_upgrade, "a backfill without watches")
+        needed = backfill.watches or backfill.is_upgrade or backfill in state.ending
+        _need(10, bool(needed), "a backfill without watches")
         for watch in backfill.watches:
             _need(5, watch.source is backfill, watch)
         _need(10, not backfill.paused or not backfill.is_followed, "a backfill is paused though a watch follows it")
@@ -281,8 +282,16 @@ def _check_backfills(state: CoreState, placement: Placement) -> None:
 
 def _check_upstreams(state: CoreState) -> None:
     # A cover that etcd has refused stays until its watches have moved.
-    refused = {trunk for trunk in state.to_move if isinstance(trunk, Cover) and trunk.retired and trunk.upstream.closed}
-    expected = {source.upstream for source in _sources(state) if source not in refused}
+    ended: set[Source] = {
+        trunk for trunk in state.to_move if isinstance(trunk, Cover) and trunk.retired and trunk.upstream.closed
+    }
+    for source in state.ending:
+        _need(12, source.upstream.closed and source in {*_sources(state)}, "a source that ends")
+        ended.add(source)
+    for source in _sources(state):
+        if source.trunk in state.restoring and source.upstream.closed:
+            ended.add(source)
+    expected = {source.upstream for source in _sources(state) if source not in ended}
     _need(12, set(state.upstreams) == expected, "open upstream watches")
     for source, run in state.runs.items():
         _need(22, source in {*_sources(state)} and source.run is run, "a run of a source that has ended")
@@ -297,7 +306,7 @@ def _check_upstreams(state: CoreState) -> None:
             _need(22, guarded, "events that a watch waits for may be evicted")
     _need(12, expected.issuperset(state.to_ask), "a closed upstream watch is to be asked for progress")
     for source in _sources(state):
-        if source not in refused:
+        if source not in ended:
             _need(12, source.upstream.owner is source and not source.upstream.closed, source.upstream)
             # For etcd, 0 would be "now".
             _need(12, source.upstream.start_revision != 0, source.upstream)

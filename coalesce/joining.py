@@ -22,6 +22,7 @@ its `created`. Revisions that the trunk has already delivered above "now" are re
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 
 from coalesce.effects import CheckPermission, TakeRequests
 from coalesce.ending import Cancellation
@@ -157,9 +158,10 @@ class Admission:
     def finish(self) -> None:
         """Decide the requests that this input has made decidable."""
         state = self._state
-        creates, state.to_prepare = state.to_prepare, {}
-        for create in creates:
-            if not create.session.ended:
+        for create in list(islice(state.to_prepare, max(0, self.left))):
+            state.to_prepare.pop(create, None)
+            self.left -= 1
+            if not create.session.ended and create.refusal is None:
                 self._prepare(create)
                 if create.refusal is not None:
                     self._refused(create)
@@ -223,6 +225,11 @@ class Admission:
 
     def _prepare(self, create: PendingCreate) -> None:
         """Request what a permitted create still needs."""
+        if self._state.restored is not None:
+            # Its trunk may have another history.
+            self._state.to_prepare[create] = None
+            return
+        self._state.to_prepare.pop(create, None)
         limit = self._state.limits.trunks_max
         if create.trunk is None and len(self._state.trunks) >= limit and not self._trunks.is_open(create):
             create.refusal = f"watchmux: the limit of {limit} different ranges is reached"
@@ -275,6 +282,9 @@ class Admission:
         Not if the position of the trunk is known and serves it, and if etcd never refuses it: etcd checks a token once
         more, and a create that is too large ends its stream.
         """
+        if trunk.upstream.closed:
+            # It is opened again, or the create is refused.
+            return True
         if not trunk.opening:
             return False
         request, floor = create.request, trunk.history.floor

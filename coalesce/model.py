@@ -497,6 +497,11 @@ class Trunk(Source):
         """Whether watches or creates need it."""
         return bool(self.watches or self.joining)
 
+    @property
+    def is_live(self) -> bool:
+        """Whether etcd serves it; not while its upstream watch is still to be created, or has ended."""
+        return not self.opening and not self.upstream.closed
+
     def serves(self, watch: Watch) -> bool:
         """Whether it can bring this watch the revisions it needs next, with prev_kv if the watch wants that."""
         position, opens_from_now = watch.next_revision, self.opening and self.upstream.start_revision is None

@@ -86,7 +86,7 @@ class CoverMover:
             prefix: until for prefix, until in before.suspended.items() if prefix in state.covers.prefixes
         }
         for trunk in list(state.trunks.values()):
-            if isinstance(trunk, Cover) and not trunk.upstream.closed:
+            if isinstance(trunk, Cover) and not (trunk.retired and trunk.upstream.closed):
                 trunk.retired = trunk.prefix not in state.covers.prefixes
                 if trunk.retired:
                     state.to_move[trunk] = None
@@ -116,7 +116,7 @@ class CoverMover:
             self._examine_all()
         for _ in range(min(len(self._to_examine), EXAMINED_MAX)):
             trunk = self._to_examine.popleft()
-            if not trunk.upstream.closed and self._cover_for(trunk) is not None:
+            if state.trunks.get(trunk.name) is trunk and self._cover_for(trunk) is not None:
                 state.to_move[trunk] = None
         if self._look_at > state.now:
             return
@@ -173,7 +173,7 @@ class CoverMover:
             state.lingers.stop(cover)
         self._awaited.add(cover)
         self._awaited_now.add(cover)
-        if trunk.opening or cover.opening:
+        if trunk.opening or not cover.is_live:
             return 0
         if trunk.next_revision < cover.history.floor:
             # Its next bookmark is above the cover's start.

@@ -206,7 +206,7 @@ class Placement:
     def _promote(self, backfill: Backfill) -> None:
         """Move the watches to the trunk that it can serve now; those that exceed this step, at the next timer."""
         trunk = backfill.trunk
-        if not trunk.opening and backfill.next_revision >= trunk.history.floor:
+        if trunk.is_live and backfill.next_revision >= trunk.history.floor:
             self._state.to_promote[backfill] = len(backfill.watches)
             self._promote_some(backfill)
 
@@ -326,7 +326,9 @@ class Placement:
     def _give_up_stalled(self) -> bool:
         """Close a backfill all of whose sessions are stalled; its watches get another when these drain."""
         for backfill in self._state.backfills:
-            if not backfill.is_upgrade and all(watch.session.stalled for watch in backfill.watches):
+            if backfill.upstream.closed or backfill.is_upgrade:
+                continue
+            if all(watch.session.stalled for watch in backfill.watches):
                 for watch in tuple(backfill.watches):
                     self.set_aside(watch)
                     self.detach(watch)
@@ -343,6 +345,8 @@ class Placement:
     def _can_share(self, backfill: Backfill, watch: Watch) -> bool:
         """Whether a watch may share this backfill, given its position."""
         position, floor = watch.position, backfill.history.floor
+        if backfill.upstream.closed:
+            return False
         if watch.branch is not backfill.branch or (watch.wants_prev_kv and not backfill.history.has_prev_kv):
             return False
         if backfill.is_upgrade:
@@ -355,7 +359,7 @@ class Placement:
         Only as long as this one has brought nothing, so that nothing is read twice and no watch is delayed without end.
         """
         has_prev_kv = backfill.history.has_prev_kv
-        if watch.branch is not backfill.branch:
+        if watch.branch is not backfill.branch or backfill.upstream.closed:
             return False
         if backfill.next_revision != backfill.upstream.start_revision or (has_prev_kv and not watch.wants_prev_kv):
             return False
@@ -385,6 +389,7 @@ class Placement:
         backfill.upstream.leave(backfill)
         del self._state.backfills[backfill]
         self._state.to_promote.pop(backfill, None)
+        self._state.ending.pop(backfill, None)
         if backfill.is_upgrade:
             backfill.trunk.upgrade = None
             return
@@ -419,7 +424,7 @@ class Placement:
         """
         state = self._state
         trunk = upgrade.trunk
-        if trunk.opening or not before <= trunk.next_revision <= upgrade.next_revision:
+        if not trunk.is_live or not before <= trunk.next_revision <= upgrade.next_revision:
             return
         prev_kv_from = trunk.next_revision
         trunk.history.has_prev_kv = True

@@ -106,6 +106,9 @@ class Progress:
         Nothing must have been delivered yet in this input.
         """
         waiters = self._waiters
+        if self._state.restored is not None:
+            # Repeated by timer.
+            return
         if trunks is None:
             waiters.answer_all()
         else:

@@ -54,7 +54,7 @@ class _Request:
     def take(self, upstream: Upstream, needs: int) -> bool:
         """Add an upstream watch, if sessions that wait for request `needs` require it. False: not now."""
         self.looked_at += 1
-        if upstream in self.chosen or (upstream.asked >= needs and not self._again):
+        if upstream.closed or upstream in self.chosen or (upstream.asked >= needs and not self._again):
             return True
         if upstream.asked_at is not None and upstream.asked_at + self._retry_s > self._now:
             # An answer is outstanding.
@@ -104,7 +104,7 @@ class ProgressRequests:
         self._ask_soon()
 
     def _add(self, upstreams: Iterable[Upstream]) -> None:
-        """Let the next request ask these too; that of a refused cover is closed while its watches leave."""
+        """Let the next request ask these too; one that etcd has ended is closed while its watches end or move."""
         self._state.to_ask.update((upstream, None) for upstream in upstreams if not upstream.closed)
 
     def forget(self, session: Session) -> None:
@@ -151,12 +151,12 @@ class ProgressRequests:
             if backfill.proof < state.progress_serial:
                 state.to_ask[backfill.upstream] = None
                 if backfill.is_upgrade:
-                    state.to_ask[backfill.trunk.upstream] = None
+                    self._add((backfill.trunk.upstream,))
         self._add(notices.trunk.upstream for notices in waiters.rounds)
         self._ask(again=True)
 
     def _may_prove(self, backfill: Backfill) -> bool:
-        return backfill.upstream.created and not backfill.paused
+        return backfill.upstream.created and not backfill.upstream.closed and not backfill.paused
 
     def _ask_soon(self) -> None:
         """Make a request, at the earliest progress_interval_s after the last one."""

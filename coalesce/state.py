@@ -6,8 +6,11 @@ sets here (`to_advance`, `to_replay`), which the Coalescer passes to the part co
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from coalesce.effects import CloseUpstream, Effect, EndSession, OpenUpstream, Send
 from coalesce.history import History, HistoryBudget
+from coalesce.inputs import UpstreamLost
 from coalesce.limits import CoreLimits
 from coalesce.model import (
     Backfill,
@@ -28,6 +31,15 @@ from proto.framing import frame
 from proto.scan import Header, encode_created, encode_response
 
 
+@dataclass(slots=True)
+class SourceEnd:
+    """Why the watches of a source end, and how many are still to be examined."""
+
+    # Its upstream watch is lost, or compacted at this revision.
+    reason: UpstreamLost | int
+    left: int
+
+
 class CoreState:
     """The shared state of one Coalescer."""
 
@@ -36,9 +48,11 @@ class CoreState:
         "compact_revision",
         "covers",
         "effects",
+        "ending",
         "header",
         "header_at",
         "lagging_sessions",
+        "leaderless",
         "leaving",
         "ledger",
         "limits",
@@ -49,6 +63,8 @@ class CoreState:
         "parked",
         "progress_serial",
         "queued",
+        "restored",
+        "restoring",
         "runs",
         "sessions",
         "stats",
@@ -83,6 +99,8 @@ class CoreState:
         # Progress requests made so far (see progress_requests).
         self.progress_serial = 0
         self.sessions: dict[Session, None] = {}
+        # Sessions that end because no endpoint has a leader.
+        self.leaderless: dict[Session, None] = {}
         # Ended sessions whose watches are not all removed yet.
         self.leaving: dict[Session, None] = {}
         # Trunks by name, covers included.
@@ -95,6 +113,12 @@ class CoreState:
         self.to_move: dict[Trunk, None] = {}
         # All backfills, upgrades included.
         self.backfills: dict[Backfill, None] = {}
+        # Sources whose upstream watch has ended, and whose watches end or get another source.
+        self.ending: dict[Source, SourceEnd] = {}
+        # Since the store has another history: its header then, the trunks that are not restarted yet, and how many of
+        # the watches of each are still to be examined (None = all). None = it has not, or all are restarted.
+        self.restored: Header | None = None
+        self.restoring: dict[Trunk, int | None] = {}
         # All upstream watches that are open at etcd.
         self.upstreams: dict[Upstream, None] = {}
         # Sources whose run is incomplete.

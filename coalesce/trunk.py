@@ -16,6 +16,7 @@ When a compaction ends its upstream watch, a trunk reopens at the compact revisi
 from __future__ import annotations
 
 from itertools import islice
+from typing import Final
 
 from coalesce.cover import Cover, KeyedHistory, cover_name
 from coalesce.model import PendingCreate, Trunk
@@ -28,6 +29,8 @@ from proto.spans import prefix_of
 
 # A header received within the last so many seconds is recent enough to choose where a trunk starts.
 _NEWS_S = 0.25
+# To drop so many batches of a history takes as long as to end a watch.
+BATCHES_DROPPED: Final = 10
 
 
 class Trunks:
@@ -214,10 +217,13 @@ class Trunks:
         state.parked[trunk.name] = trunk
         state.stats.parked += 1
 
-    def drop_parked(self) -> None:
-        """Drop all parked trunks: their histories may be wrong."""
-        while self._state.parked:
+    def drop_parked(self, left: int) -> int:
+        """Drop parked trunks, whose histories may be wrong; return what is left of the `left` of this step."""
+        parked = self._state.parked
+        while parked and left > 0:
+            left -= 1 + len(next(iter(parked.values())).history) // BATCHES_DROPPED
             self._drop_first(None)
+        return left
 
     def _drop_first(self, limit: str | None) -> None:
         """Drop the trunk that has been parked longest; `limit` is the one that was reached, if any."""
@@ -245,6 +251,8 @@ class Trunks:
         del state.trunks[trunk.name]
         state.stats.trunks -= 1
         state.to_move.pop(trunk, None)
+        state.ending.pop(trunk, None)
+        state.restoring.pop(trunk, None)
         if not trunk.upstream.closed:
             state.close_upstream(trunk.upstream, gone=gone)
         trunk.upstream.leave(trunk)

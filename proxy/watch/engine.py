@@ -195,8 +195,8 @@ class Engine:
         """An upstream watch received a response."""
         if response.canceled:
             self._open.pop(watch, None)
-            if response.cancel_reason == OTHER_HISTORY:
-                # Another proxy says so, which has detected it before this one could.
+            if response.cancel_reason == OTHER_HISTORY and not watch.closed:
+                # Another proxy says so, which has detected it before this one could. Once, for all watches.
                 self.other_history(response.header)
             self._input(self.core.upstream_response, watch, response)
             self._report_covers()

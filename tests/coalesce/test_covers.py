@@ -11,8 +11,8 @@ import pytest
 from coalesce import CoreLimits, UpstreamLost
 from coalesce.batch import Batch
 from coalesce.cover import SCANNED_BATCHES_MAX, KeyedHistory, _chain_of
-from coalesce.ending import COVER_RETRY_S
 from coalesce.history import HistoryBudget
+from coalesce.losing import COVER_RETRY_S
 from coalesce.stats import Stats
 from proto.framing import Status
 from proto.scan import WatchResponse

@@ -34,7 +34,7 @@ FLOORS = {
     "state": ("model", "cover", "effects", "state", "fanout"),
     "progress": ("waiting", "progress_requests", "notifying", "progress"),
     "placement": ("placement", "replay", "runs"),
-    "lifecycle": ("revision_reads", "trunk", "moving", "ending", "joining"),
+    "lifecycle": ("revision_reads", "trunk", "moving", "ending", "losing", "joining"),
     "interface": ("invariants", "core", "report", "__init__"),
 }
 ORDER = [name for floor in FLOORS.values() for name in floor]

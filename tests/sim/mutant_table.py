@@ -132,9 +132,9 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     # Compaction and cancels.
     Mutant(
         "a compaction cancels who has missed nothing",
-        "ending",
-        "if watch.next_revision < compact_revision:",
-        "if watch.next_revision <= compact_revision:",
+        "losing",
+        "if watch.next_revision < end.reason and",
+        "if watch.next_revision <= end.reason and",
     ),
     Mutant("a compacted id is free at once", "ending", "session.compacted.add(watch.watch_id)", "pass"),
     # Progress.
@@ -227,7 +227,7 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
         "self.end(session, Status.UNAVAILABLE, etcd_errors.NO_LEADER)",
         "pass",
     ),
-    Mutant("one refused token ends all", "ending", "elif next(upstream.tokens(), None) is not None:", "elif False:"),
+    Mutant("one refused token ends all", "losing", "elif next(upstream.tokens(), None) is not None:", "elif False:"),
     # Bugs that only a limit or a clock shows.
     Mutant(
         "fragments are not cut",
@@ -244,8 +244,8 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     Mutant("bookmarks grow old", "progress", "if trunk.proven_at <= old", "if False"),
     Mutant(
         "a restored store is not believed",
-        "ending",
-        "self._cancel_compacted(watch, header.revision, OTHER_HISTORY)",
+        "losing",
+        "self._cancellation.cancel_compacted(watch, header.revision, header)",
         "pass",
     ),
 )

@@ -58,8 +58,8 @@ COVER_MUTANTS: tuple[Mutant, ...] = (
     Mutant("a moved watch gets no notifications", "moving", "self._notifying.began(watch)", "pass"),
     # Covers that come and go.
     Mutant("a removed cover keeps its watches", "moving", "if trunk.retired:", "if False:"),
-    Mutant("a refused cover is tried again at once", "ending", "state.now + COVER_RETRY_S", "state.now"),
-    Mutant("creates of a refused cover are forgotten", "ending", "state.to_prepare[create] = None", "pass"),
+    Mutant("a refused cover is tried again at once", "losing", "state.now + COVER_RETRY_S", "state.now"),
+    Mutant("creates of a refused cover are forgotten", "losing", "state.to_prepare[create] = None", "pass"),
     Mutant(
         "a cover uses the tokens of clients",
         "cover",

@@ -240,6 +240,9 @@ class World:
         self.input(self.core.no_leader)
         if self._busy:
             return
+        for _ in self.clients:
+            # Those that exceed a step end at the next timers.
+            self.input(self.core.expire)
         for client in self.clients:
             if client.has_leader and client.session is not None and client.session.ended is None:
                 raise SimulationFailure("a session with hasleader goes on without a leader")

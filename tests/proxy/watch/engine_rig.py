@@ -9,6 +9,7 @@ from typing import Any
 from coalesce.effects import Effect
 from coalesce.inputs import Granted, Identity
 from coalesce.limits import CoreLimits
+from coalesce.stats import Stats
 from proto.framing import Status
 from proto.scan import Header
 from proxy.auth.model import AnswerRead, DisconnectSession, PermissionCheck, RevisionRegressed, SendCall
@@ -26,6 +27,7 @@ class ScriptedCore:
         self.inputs: list[tuple[Any, ...]] = []
         self.effects: dict[str, list[Effect]] = {}
         self.deadline: float | None = None
+        self.stats = Stats()
         self.limits = CoreLimits()
         self.ordered_progress = False
         self.header: Header | None = HEADER

@@ -20,10 +20,11 @@ from coalesce.effects import (
     ResumeUpstream,
     TakeRequests,
 )
+from coalesce.ending import OTHER_HISTORY
 from coalesce.inputs import CreateRefusal, CreateRequest, Granted, Identity
 from coalesce.limits import CoreLimits
 from coalesce.model import PendingCreate, PendingRead
-from proto.scan import Header
+from proto.scan import Header, WatchResponse
 from tests.proxy.watch.engine_rig import HEADER, TRUNK, FakeOutlet, Rig, watch_of
 from tests.waiting import until_async
 
@@ -145,6 +146,15 @@ async def test_only_a_linearizable_read_detects_a_restore(revision: int, lineari
     assert ("other_history" in rig.core.names()) is back
     assert (("went back", 8) in rig.upstream.told) is back
     assert rig.engine.stats.went_back == back
+
+
+async def test_a_restore_that_another_proxy_reports_counts_once() -> None:
+    """The core closes all watches at the first report; the others are still reported, one by one."""
+    rig = Rig()
+    response = WatchResponse(HEADER, 0, canceled=True, compact_revision=9, cancel_reason=OTHER_HISTORY)
+    for closed in (False, True, True):
+        rig.engine.received(SimpleNamespace(closed=closed), response)  # type: ignore[arg-type]
+    assert rig.core.names() == ["other_history", "upstream_response", "upstream_response", "upstream_response"]
 
 
 async def test_a_connection_without_watches_needs_no_read() -> None:
