@@ -118,6 +118,8 @@ async def test_compaction_and_defragmentation_under_load(etcd: EtcdServer) -> No
         first = await store.put(PREFIX + b"0", b"before")
         writer = Writer(etcd.endpoint)
         streams = [await client.open_watch(PREFIX, PREFIX_END, first) for _ in range(10)]
+        # Until etcd's watch is in step, a compaction cancels it.
+        await until_async(lambda: all(stream.values for stream in streams), "the first event")
         got: list[list[int]] = []
         maintenance = rpc_pb2_grpc.MaintenanceStub(channel)
         for _ in range(4):
