@@ -172,7 +172,7 @@ async def serve(
         admin = await _start_admin(proxy, settings, advertised, applying.limits, monitor, place)
         reloading = Reloading(settings, applying.apply)
         if read_again is not None:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloading.reload, read_again)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloading.reload_in_thread, read_again)
             hangups_come()
         parent.write_line(ChildReady(address=str(address), metrics=str(admin.address) if admin else ""))
         if store:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from proxy.errors import Failed
 from proxy.process.reloading import Reloading, changes, merged
 from tests.etcd.server import EtcdServer
 from tests.proxy.cli.test_cli_serve import served
-from tests.waiting import until
+from tests.waiting import until, until_async
 
 SECURITY = ("cert", "key", "cacert", "insecure_skip_tls_verify", "addr")
 
@@ -55,6 +56,53 @@ def test_invalid_settings_change_nothing() -> None:
     reloading.reload(fails)
     assert reloading.settings == Settings()
     assert not applied
+
+
+async def test_the_loop_turns_while_settings_are_read() -> None:
+    """Signals that come meanwhile lead to one further read; its settings are the last that are applied."""
+    turned, threads = threading.Event(), list[int]()
+    wanted = [changed("watch.watches_max", 5), changed("watch.watches_max", 6)]
+
+    def read() -> tuple[Settings, list[str]]:
+        threads.append(threading.get_ident())
+        assert turned.wait(30)
+        return wanted[len(threads) - 1], []
+
+    applied: list[int] = []
+    reloading = Reloading(Settings(), lambda settings: applied.append(settings.watch.watches_max))
+    reloading.reload_in_thread(read)
+    await until_async(lambda: bool(threads), "the read to begin")
+    for _ in range(3):
+        reloading.reload_in_thread(read)
+    assert not applied
+    turned.set()
+    await until_async(lambda: reloading._reading is None, "the reads to end")
+    assert applied == [5, 6]
+    assert threading.get_ident() not in threads
+
+
+@pytest.mark.parametrize("stops", [False, True])
+async def test_nothing_is_applied_of_a_read_that_comes_too_late(stops: bool) -> None:
+    """It fails, or the proxy stops meanwhile; the next signal leads to a read again."""
+    turned = threading.Event()
+
+    def read() -> tuple[Settings, list[str]]:
+        assert turned.wait(30)
+        if not stops:
+            raise Failed("no")
+        return changed("watch.watches_max", 5), []
+
+    applied: list[Settings] = []
+    reloading = Reloading(Settings(), applied.append)
+    reloading.reload_in_thread(read)
+    if stops:
+        reloading.stop()
+    turned.set()
+    await until_async(lambda: reloading._reading is None, "the read to end")
+    assert not applied
+    reloading.reload_in_thread(lambda: (changed("watch.watches_max", 5), []))
+    await until_async(lambda: reloading._reading is None, "the next read to end")
+    assert len(applied) == (not stops)
 
 
 def test_a_proxy_that_stops_reloads_nothing() -> None:
