@@ -60,7 +60,7 @@ class Settings:
         assert self.proxy is not None
         assert self.proxy.process is not None
         self.proxy.process.send_signal(signal.SIGHUP)
-        await until_async(lambda: self.count(message) == before + 1, message, 20)
+        await until_async(lambda: self.count(message) > before, message, 20)
 
 
 HANGUPS = """
