@@ -31,7 +31,7 @@ from proto.http2.limits import (
     FRAME_BYTES_MIN,
     HEADER_TABLE_BYTES_DEFAULT,
     LATE_ACK_BYTES_MAX,
-    LATE_ACK_S_MAX,
+    LATE_ACK_GAP_S,
     STREAM_ID_MAX,
     WINDOW_BYTES_DEFAULT,
     WINDOW_BYTES_MAX,
@@ -211,7 +211,7 @@ class Connection(ReceiveSide):
         self._granted += increment
         if (
             payload == frames.BANDWIDTH_PING
-            and self.now - self._acknowledged_at < LATE_ACK_S_MAX
+            and self.now - self._acknowledged_at < LATE_ACK_GAP_S
             and increment <= LATE_ACK_BYTES_MAX
             and not self._late_ack
         ):

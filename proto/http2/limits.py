@@ -17,9 +17,11 @@ HEADER_TABLE_BYTES_DEFAULT = 4_096
 # Maximum bytes of DATA in a frame that we send, even if the peer allows more: a turn of the round robin, and the most
 # that a reset, a PING or another stream's event may have to wait for.
 FRAME_BYTES_SENT_MAX = 65_536
-# How late grpc-go's BANDWIDTH_PING is acknowledged at most. grpc-go sends none until then, so events that follow each
-# other within this time cost one write each, without a read and another write for the PING after each of them.
-LATE_ACK_S_MAX = 0.25
+# How late grpc-go's BANDWIDTH_PING is acknowledged at most. grpc-go sends none until then, so until then an event costs
+# one write, without a read and another write for a PING.
+LATE_ACK_S_MAX = 1.0
+# It is acknowledged at once if the last acknowledgement is older than this: the timer would cost more than it saves.
+LATE_ACK_GAP_S = 0.25
 # It is acknowledged at once if the client returns more of its window than this with it: the windows may limit the
 # transfer, and the acknowledgement lets them grow.
 LATE_ACK_BYTES_MAX = 8_192

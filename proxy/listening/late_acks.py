@@ -3,8 +3,9 @@
 A Go client answers a read of DATA with a WINDOW_UPDATE and a PING, by which it measures the bandwidth, unless an
 earlier PING is not acknowledged yet. If each is acknowledged at once, an event costs a read and a write more for each
 connection, three times the system calls. Only the growth of the client's windows depends on the measurement. So while
-little is sent (`Connection.receive_update_and_ping` decides), such a PING is acknowledged LATE_ACK_S_MAX later, and
-the client answers none of the events until then. Other PINGs, such as keep-alives, are acknowledged at once.
+events follow each other but little is sent (`Connection.receive_update_and_ping` decides), such a PING is acknowledged
+LATE_ACK_S_MAX later, and the client answers none of the events until then. One that needs larger windows returns a part
+of them, which has the PING acknowledged. Other PINGs, such as keep-alives, are acknowledged at once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Protocol
 from proto.http2 import LATE_ACK_S_MAX, Connection
 from proxy.listening.turns import in_parts
 
-SPREAD_S = 0.05
+SPREAD_S = 0.25
 """One timer serves all acknowledgements that are due within this time."""
 
 

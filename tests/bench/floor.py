@@ -1,9 +1,10 @@
 """The floor: a minimal loop that writes the same bytes to the same sockets, to measure the cost of system calls alone.
 
 It takes the place of a proxy: one watch per range upstream, the clients of a case downstream. Per event it does one
-read, one join of prepared frame heads with the shared bytes, and one write per connection. It acknowledges PINGs, but
-checks nothing, has no flow control, drops slow clients, and is not usable as a server; no real server can cost less in
-this language on this event loop. Arguments: the case, etcd's host and port, the port to listen on.
+read, one join of prepared frame heads with the shared bytes, and one write per connection. It acknowledges each PING at
+once, but checks nothing, has no flow control, drops slow clients, and is not usable as a server; in this language on
+this event loop a real server can cost less only if its clients send fewer PINGs (`proxy/listening/late_acks.py`).
+Arguments: the case, etcd's host and port, the port to listen on.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from proto.http2 import LATE_ACK_S_MAX, UPDATE_AND_PING_BYTES, Connection, ErrorCode, Http2Limits, Stream
+from proto.http2 import UPDATE_AND_PING_BYTES, Connection, ErrorCode, Http2Limits, Stream
 from proto.http2.frames import BANDWIDTH_PING
-from proto.http2.limits import LATE_ACK_BYTES_MAX
+from proto.http2.limits import LATE_ACK_BYTES_MAX, LATE_ACK_GAP_S
 from tests.http2 import wire
 from tests.http2.wire import Peer, client, data, event_lines, raw, server, update
 
@@ -216,16 +216,16 @@ def test_bandwidth_ping_soon_after_another_waits() -> None:
     connection.now = 10.2
     assert connection.receive_update_and_ping(ASK) == b""
     assert connection.output() == []
-    connection.acknowledge_late(10.4)
-    connection.acknowledge_late(10.4)
+    connection.acknowledge_late(11.2)
+    connection.acknowledge_late(11.2)
     assert connection.output() == [ACKNOWLEDGED]
-    connection.now = 10.6
+    connection.now = 11.4
     assert connection.receive_update_and_ping(ASK) == b""
 
 
 AT_ONCE: dict[str, tuple[float, bytes, int]] = {
     "another payload": (10.2, b"12345678", 123),
-    "late enough": (10.0 + LATE_ACK_S_MAX, BANDWIDTH_PING, 123),
+    "late enough": (10.0 + LATE_ACK_GAP_S, BANDWIDTH_PING, 123),
     "much was read": (10.2, BANDWIDTH_PING, LATE_ACK_BYTES_MAX + 1),
 }
 
