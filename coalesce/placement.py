@@ -118,7 +118,8 @@ class Placement:
 
     def _attach(self, watch: Watch, source: Trunk | Backfill) -> None:
         """Set the source of an unplaced watch."""
-        self.detach(watch)
+        if watch.source is not None:
+            self.detach(watch)
         watch.source = source
         if isinstance(source, Backfill):
             source.watches[watch] = None

@@ -138,7 +138,8 @@ class Trunks:
         trunk, create.trunk = create.trunk, None
         if trunk is not None:
             del trunk.joining[create]
-            self.unused(trunk)
+            if not trunk.watches:
+                self.unused(trunk)
 
     def unused(self, trunk: Trunk) -> None:
         """Start the linger of a trunk that is not needed any more."""
