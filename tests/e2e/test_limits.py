@@ -6,6 +6,7 @@ docs/evidence/limits.md names the test of each limit; those of HTTP/2 are in tes
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -304,8 +305,9 @@ async def test_reads_that_are_not_answered_in_time() -> None:
 async def test_http1_that_is_refused_is_counted(
     settings: Http1Settings, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def swallowed(*_arguments: Any) -> None:
-        await asyncio.Event().wait()
+    async def swallowed(_factory: Any, connected: socket.socket, *_arguments: Any) -> None:
+        with connected:
+            await asyncio.Event().wait()
 
     monkeypatch.setattr("proxy.listening.http1.open_transport", swallowed)
     said = {400: b"get /\r\n\r\n", 408: b"GE"}.get(status, get("/version"))

@@ -15,6 +15,7 @@ import grpc.aio
 import pytest
 
 from proto.pb import rpc_pb2, rpc_pb2_grpc
+from proxy.passthrough.settings import PassthroughSettings
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import Etcd, direct, proxy_for
 from tests.etcd.server import EtcdServer
@@ -88,7 +89,8 @@ async def test_writes_are_refused_as_by_etcd_and_watches_go_on(small: EtcdServer
 async def test_the_disk_is_full_under_load(etcd: EtcdServer) -> None:
     """No file of etcd may grow any more, nor be written beyond the limit: neither its log nor its database."""
     assert etcd.process is not None
-    async with proxy_for(etcd) as proxy, await RawClient.connect(proxy.port) as client:
+    waits = PassthroughSettings(call_wait_s=0.5)
+    async with proxy_for(etcd, passthrough=waits) as proxy, await RawClient.connect(proxy.port) as client:
         through = f"127.0.0.1:{proxy.port}"
         writer = Writer(through)
         await writer.more(20)
