@@ -8,6 +8,27 @@ after a quiet time is never delayed.
 from __future__ import annotations
 
 import asyncio
+from itertools import groupby
+
+from proto.http2 import DataReceived, Event, Stream
+
+
+def joined_data(events: list[Event]) -> list[Event]:
+    """Join the data of a stream that several frames in succession brought: its handler takes it at once."""
+    result: list[Event] = []
+    for stream, group in groupby(events, _stream_of_data):
+        found = list(group)
+        if stream is None or len(found) == 1:
+            result += found
+            continue
+        parts = [event for event in found if isinstance(event, DataReceived)]
+        data = b"".join([part.data for part in parts])
+        result.append(DataReceived(stream, data, sum([part.flow_size for part in parts]), parts[-1].end_stream))
+    return result
+
+
+def _stream_of_data(event: Event) -> Stream | None:
+    return event.stream if isinstance(event, DataReceived) else None
 
 
 class EventBatches:

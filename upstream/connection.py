@@ -37,7 +37,7 @@ from proto.http2 import (
 )
 from proto.http2.frames import FRAME_HEADER_BYTES
 from upstream.answer_due import AnswerDue
-from upstream.batching import EventBatches
+from upstream.batching import EventBatches, joined_data
 from upstream.endpoints import Endpoint
 from upstream.errors import Unreachable, closed_early, explain_connect, not_http2
 from upstream.heads import STATUS_OF_RESET, number, status_of
@@ -249,7 +249,8 @@ class ClientConnection(asyncio.Protocol):
         if cork is not None:
             cork.cork()
         try:
-            self._dispatch(self.http2.receive(data))
+            events = self.http2.receive(data)
+            self._dispatch(joined_data(events) if len(events) > 1 else events)
         finally:
             self._receiving = False
             if cork is not None:

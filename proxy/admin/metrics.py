@@ -81,7 +81,7 @@ COUNTERS = {
     "sessions_ended_total": "Total number of client watch streams ended by the proxy.",
     "stalls_total": "Total number of times a client watch stream could not accept more data.",
     "replays_total": "Total number of responses joined from history for lagging watches.",
-    "batches_received_total": "Total number of watch responses with events received from etcd.",
+    "batches_received_total": "Total number of watch responses with events from etcd; joined ones count once.",
     "events_received_total": "Total number of events received from etcd.",
     "messages_delivered_total": "Total number of responses with events delivered to client watches.",
     "events_delivered_total": "Total number of events delivered to client watches.",

@@ -74,6 +74,12 @@ CLIENT_MUTANTS: tuple[Mutant, ...] = (
         "pass",
     ),
     Mutant(
+        "events of one watch are joined to those of another",
+        _FEED,
+        "and response.watch_id == last.watch_id\n",
+        "\n",
+    ),
+    Mutant(
         "progress overtakes the events that it speaks of",
         _FEED,
         "waits = same if watch_id >= 0 else not response.created",

@@ -20,8 +20,8 @@ NOT_BOUNDS = {
     *("NO_WATCH_ID", "PROGRESS_ID", "NO_PUT", "NO_DELETE", "PREV_KV", "FRAGMENT", "_KIB", "_MIB"),
     *("EVENT_OVERHEAD_BYTES", "BATCH_OVERHEAD_BYTES", "_ENVELOPE_BYTES", "REQUEST_BYTES", "_ENTRY_BYTES"),
     *("WATCH_EVENTS", "SESSION_WATCHES", "BATCHES_DROPPED", "_INDEX_SHARE", "_LOOKS", "TRIES_MAX", "_OWN_REFUSED_MAX"),
-    # The simulated upstream passes in its own.
-    *("HELD_BYTES_MAX", "LARGE_BYTES"),
+    # The simulated upstream passes in its own, and its events are smaller.
+    *("HELD_BYTES_MAX", "LARGE_BYTES", "JOINED_BYTES_MAX", "JOINED_DELIVERIES_BYTES_MAX"),
 }
 # Limits that the simulator does not change: times, and a property of upstream.
 FIXED_LIMITS = {"upstream_has_limits", "progress_interval_s", "progress_retry_s", "progress_retry_s_max"}

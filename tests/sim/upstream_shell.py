@@ -6,6 +6,7 @@ and so does this one: between any two of its calls data can be lost.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -140,6 +141,7 @@ class UpstreamShell:
         self._in_vain: set[int] = set()
         self._parts = parts
         self._late = random.Random(channel_max)
+        self._joins = random.Random(channel_max)
         self._has_leader = has_leader
         self._tells_status = tells_status
         # For incidental draws, instead of the generator of the run.
@@ -451,10 +453,17 @@ class UpstreamShell:
         feed.feed(b"")
         # Only in some worlds: the other ones stay as they were.
         late = self._late if self.channel_max == 2 else None
-        responses = [self._read_one(stream, rng) for _ in range(1 if late is None else late.randint(1, 3))]
+        read = [self._read_one(stream, rng) for _ in range(1 if late is None else late.randint(1, 3))]
+        responses = [response for response in read if response is not None]
+        if late is not None and not stream.held and self._joins.random() < 0.3:
+            # The server's own responses must not change.
+            copies = [copy.copy(response) for response in responses]
+            for each in copies:
+                each.events = list(each.events)
+            responses = self._parts.feed.joined(copies, lambda _: 1)
         # The turn has lasted too long for some of them.
         for response in feed.pass_on(
-            [response for response in responses if response is not None],
+            responses,
             lambda each: late is not None and each.plain and late.random() < 0.2,
         ):
             if stream in self._links:
@@ -474,15 +483,16 @@ class UpstreamShell:
             cuts = sorted(dice.sample(range(1, count), dice.randint(1, min(3, count - 1))))
             sizes = [high - low for low, high in zip([0, *cuts], [*cuts, count], strict=True)]
             # The server's own response must not change.
-            copy = WatchResponse(response.header, response.watch_id, events=list(response.events))
-            feed.begin(Pieces(copy, sizes))
+            whole = WatchResponse(response.header, response.watch_id, events=list(response.events))
+            feed.begin(Pieces(whole, sizes))
             return None
         return response if not feed.waiting or feed.passes(response) else None
 
     def step(self, stream: WatchStream, _: random.Random | None = None) -> None:
         """Take the next piece of a large response, or the responses that waited for it."""
         feed = self._feeds.get(stream)
-        for response in feed.step() if feed is not None and not stream.paused else ():
+        clients = 1 if self.channel_max == 2 and not stream.held else 0
+        for response in feed.step(lambda _: clients) if feed is not None and not stream.paused else ():
             if stream in self._links:
                 self._do(self.state.received(stream, response))
 

@@ -6,12 +6,14 @@ import asyncio
 
 import pytest
 
+from proto.http2 import DataReceived, Event, PingReceived, Stream
 from proxy.config.applied import upstream_settings
 from proxy.config.knobs import Settings
 from tests.upstream.recorder import Recorder, watching
 from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
 from tests.upstream.stories import Opened, request
 from tests.waiting import until_async
+from upstream.batching import joined_data
 from upstream.connection import ClientConnection
 from upstream.settings import HUB_BATCH_INTERVAL_S, ConnectionSettings, UpstreamSettings
 from upstream.watching.client import WatchClient
@@ -64,6 +66,8 @@ async def test_a_burst_of_events_is_read_at_once_in_order(reads: list[int]) -> N
             await until_async(lambda: len(recorder.revisions(watch)) == 32, "the events")
             assert recorder.revisions(watch) == list(range(20, 52))
             assert len(reads) - before == 1
+            # Without a joined response the watch would have got 30, and each of its clients as many frames.
+            assert len(recorder.of(watch)) == 4
 
 
 async def test_a_connection_that_ends_in_a_batch_loses_no_event() -> None:
@@ -86,3 +90,17 @@ async def test_a_connection_that_ends_in_a_batch_loses_no_event() -> None:
 def test_only_the_hub_reads_in_batches() -> None:
     assert upstream_settings(Settings()).connection.batch_interval_s == 0
     assert upstream_settings(Settings(), is_hub=True).connection.batch_interval_s == HUB_BATCH_INTERVAL_S
+
+
+def test_the_data_of_a_stream_in_a_read_is_joined() -> None:
+    one, other = Stream(1, 0, 0), Stream(3, 0, 0)
+    ping = PingReceived()
+    events: list[Event] = [
+        *(DataReceived(one, b"a", 1, False), DataReceived(one, b"bc", 3, False)),
+        *(DataReceived(other, b"d", 1, False), ping),
+        *(DataReceived(one, b"e", 1, False), DataReceived(one, b"", 0, True)),
+    ]
+    assert joined_data(events) == [
+        *(DataReceived(one, b"abc", 4, False), DataReceived(other, b"d", 1, False), ping),
+        DataReceived(one, b"e", 1, True),
+    ]

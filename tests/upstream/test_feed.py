@@ -12,7 +12,7 @@ from proto.framing import FramingError, frame
 from proto.large import STEP_BYTES, EventTooLarge, LargeResponse
 from proto.pb import kv_pb2, rpc_pb2
 from proto.scan import WatchResponse, scan_watch_response
-from upstream.watching.feed import LARGE_BYTES, ResponseOrder
+from upstream.watching.feed import JOINED_BYTES_MAX, JOINED_DELIVERIES_BYTES_MAX, LARGE_BYTES, ResponseOrder, joined
 
 
 def message(watch_id: int, revisions: Sequence[int], value_bytes: int = 10, *, created: bool = False) -> bytes:
@@ -191,3 +191,55 @@ def test_a_cut_waits_for_the_rest_of_its_event() -> None:
     large.add(data[:-1])
     with pytest.raises(EventTooLarge):
         large.cut()
+
+
+def in_a_read(*responses: tuple[int, Sequence[int]], value_bytes: int = 10) -> list[WatchResponse]:
+    """Return small responses, (watch id, revisions) each."""
+    return [scan_watch_response(message(watch_id, revisions, value_bytes)) for watch_id, revisions in responses]
+
+
+def shown(responses: Sequence[WatchResponse]) -> list[tuple[int, list[int]]]:
+    """Return the same of responses."""
+    return [(each.watch_id, [event.revision for event in each.events]) for each in responses]
+
+
+def test_events_of_a_watch_that_follow_each_other_are_joined() -> None:
+    got = joined(in_a_read((1, [7]), (1, [8, 8]), (2, [9]), (1, [10]), (-1, []), (1, [11]), (1, [12])), lambda _: 1)
+    assert shown(got) == [(1, [7, 8, 8]), (2, [9]), (1, [10]), (-1, []), (1, [11, 12])]
+    assert [each.header.revision for each in got] == [8, 9, 10, 5, 12]
+
+
+def test_responses_that_wait_are_joined_when_they_are_taken() -> None:
+    feed = ResponseOrder(scan_watch_response, 1 << 30)
+    feed.feed(b"")
+    read = in_a_read((1, [7]), (1, [8]), (2, [9]), (1, [10]), (-1, []), (1, [11]), (1, [12]))
+    assert not list(feed.pass_on(read, lambda _: True))
+    got: list[WatchResponse] = []
+    while feed.has_next:
+        got += feed.step(lambda _: 1)
+    assert shown(got) == [(1, [7, 8]), (2, [9]), (1, [10]), (-1, []), (1, [11, 12])]
+    assert feed.unread == 0
+    assert not list(feed.pass_on(in_a_read((1, [7]), (1, [8]), value_bytes=JOINED_BYTES_MAX // 2), lambda _: True))
+    assert shown(feed.step(lambda _: 1)) == [(1, [7])]
+
+
+def test_only_events_that_follow_whole_revisions_are_joined() -> None:
+    # The same revision again, and an older one; then a watch that is not known.
+    again = in_a_read((1, [7]), (1, [7]), (1, [6]))
+    assert shown(joined(again, lambda _: 1)) == [(1, [7]), (1, [7]), (1, [6])]
+    assert len(joined(in_a_read((1, [7]), (1, [8])), lambda _: 0)) == 2
+    run = in_a_read((1, [7]), (1, [7]), (1, [8]))
+    run[0].fragment, run[0].plain = True, False
+    assert joined(run, lambda _: 1) is run
+
+
+@pytest.mark.parametrize(("clients", "bytes_max"), [(1, JOINED_BYTES_MAX), (1000, JOINED_DELIVERIES_BYTES_MAX // 1000)])
+def test_joined_events_are_bounded(clients: int, bytes_max: int) -> None:
+    [bare] = in_a_read((1, [7]), value_bytes=bytes_max // 4)
+    head = len(bare.events[0].encoded) - bytes_max // 4
+    for more, count in ((0, 1), (1, 2)):
+        read = in_a_read((1, [7]), (1, [8]), value_bytes=bytes_max // 2 - head)
+        read[1].events[0].encoded += bytes(bytes_max - sum(len(each.events[0].encoded) for each in read) + more)
+        assert len(joined(read, lambda _: clients)) == count
+    # One event may be larger; then nothing is joined to it.
+    assert len(joined(in_a_read((1, [7]), (1, [8]), value_bytes=bytes_max), lambda _: clients)) == 2

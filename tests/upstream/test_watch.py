@@ -283,6 +283,32 @@ async def test_paused_backfill_is_not_read_and_blocks_no_other_watch() -> None:
             assert not fcall.stream.blocked
 
 
+async def test_what_follows_in_a_read_waits_while_a_backfill_pauses() -> None:
+    class Full(Recorder):
+        client: Any = None
+
+        def received(self, watch: Any, response: Any) -> None:
+            super().received(watch, response)
+            if response.events and response.events[0].revision == 1:
+                self.client.pause(watch)
+
+    async with scripted() as etcd:
+        seen = Full()
+        fill = Opened(b"f", start_revision=1, is_backfill=True)
+        async with watching(etcd.endpoint, seen) as client:
+            seen.client = client
+            await seen.open(client, fill)
+            [call] = etcd.watches()
+            revisions = list(range(1, 1001))
+            for first in range(0, 1000, 100):
+                call.answer(0, 1000, revisions[first : first + 100])
+            await until_async(lambda: seen.revisions(fill) != [], "the first events")
+            assert len(seen.revisions(fill)) < 1000
+            client.resume(fill)
+            await until_async(lambda: len(seen.revisions(fill)) == 1000, "the other events")
+            assert seen.revisions(fill) == revisions
+
+
 async def test_events_for_many_clients_wait_in_a_long_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("upstream.watching.call.TURN_S", -1.0)
 
@@ -417,6 +443,8 @@ async def test_listener_may_call_the_client_from_a_callback() -> None:
             call = etcd.watches()[0]
             etcd.on_watch = etcd.answer_watch
             call.answer(0, 11, [11])
+            # Events that follow each other would be passed on together.
+            call.answer(0, 11)
             call.answer(0, 12, [12])
             await until_async(lambda: seen.more is not None and seen.progress(seen.more), "the proof")
             assert seen.revisions(a) == [11]

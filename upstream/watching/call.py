@@ -19,7 +19,7 @@ from upstream.connection import ClientConnection, UpstreamCall
 from upstream.heads import request_headers
 from upstream.settings import UpstreamSettings
 from upstream.unary import Metadata
-from upstream.watching.feed import ResponseOrder
+from upstream.watching.feed import ResponseOrder, joined
 from upstream.watching.stream import SentCreate, StreamKind, WatchStream
 
 WATCH_PATH: Final = b"/etcdserverpb.Watch/Watch"
@@ -39,6 +39,10 @@ TURN_S: Final = 0.01
 
 MANY_CLIENTS: Final = 32
 """From this number of watches on; the events of other upstream watches never wait."""
+
+
+def _no_clients(_watch_id: int) -> int:
+    return 0
 
 
 class CallOwner(Protocol):
@@ -168,10 +172,12 @@ class UpstreamWatchCall:
         late_at = connection.heard_at + TURN_S
         has_events = False
         try:
-            responses = feed.step() if data is None else feed.feed(data)
+            # Nothing is joined to a run of fragments.
+            clients = self._clients if not stream.held else _no_clients
+            responses = feed.step(clients) if data is None else feed.feed(data)
             in_order: Iterable[WatchResponse] = responses
             if data is not None and (len(responses) > 1 or self._loop.time() >= late_at):
-                in_order = feed.pass_on(responses, partial(self._can_wait, late_at))
+                in_order = feed.pass_on(joined(responses, clients), partial(self._waits, late_at))
             for response in in_order:
                 if call.ended:
                     break
@@ -187,12 +193,16 @@ class UpstreamWatchCall:
             self._goes_on = True
             self._loop.call_soon(self._go_on)
 
-    def _can_wait(self, late_at: float, response: WatchResponse) -> bool:
-        """Return whether it is later than `late_at` and a response has events for many clients."""
-        if self._loop.time() < late_at:
-            return False
-        registration = self._stream.by_id.get(response.watch_id)
-        return response.plain and registration is not None and registration.watch.watchers >= MANY_CLIENTS
+    def _waits(self, late_at: float, response: WatchResponse) -> bool:
+        """Return whether the stream is paused, or it is later than `late_at` and the events are for many clients."""
+        if self._stream.paused or self._loop.time() < late_at:
+            return self._stream.paused
+        return response.plain and self._clients(response.watch_id) >= MANY_CLIENTS
+
+    def _clients(self, watch_id: int) -> int:
+        """Return how many clients the watch of this id serves; 0 if it is not known."""
+        registration = self._stream.by_id.get(watch_id)
+        return 0 if registration is None else registration.watch.watchers
 
     def _go_on(self) -> None:
         """Read the next piece of a large response, or responses that waited, as far as this turn allows."""

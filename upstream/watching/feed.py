@@ -24,6 +24,56 @@ from proto.scan import WatchResponse
 LARGE_BYTES: Final = 64 * 1024
 """Responses larger than this are read in pieces."""
 
+JOINED_BYTES_MAX: Final = 4 * 1024
+"""The events of a joined response, in bytes: one frame carries it, and windows of 64 KiB take it for many streams."""
+
+JOINED_DELIVERIES_BYTES_MAX: Final = 1024 * 1024
+"""The same, times the clients that it goes to, whose output waits in memory until it is written."""
+
+
+def joined(responses: list[WatchResponse], clients: Callable[[int], int]) -> list[WatchResponse]:
+    """Join the events of one watch that follow each other to one response, as etcd does for a watch that is behind.
+
+    `clients` returns for the id of a watch how many clients it serves; 0: its events are not joined. The responses are
+    changed. No run of fragments may be open before them; if they contain a fragment, they are returned as they are.
+    """
+    if any(response.fragment for response in responses):
+        return responses
+    result: list[WatchResponse] = []
+    left = 0
+    for response in responses:
+        if result and _follows(result[-1], response) and (left := left - _bytes_of(response)) >= 0:
+            _join(result[-1], response)
+        else:
+            left = _room(response, clients)
+            result.append(response)
+    return result
+
+
+def _room(response: WatchResponse, clients: Callable[[int], int]) -> int:
+    """Return the bytes of events that may be joined to a response."""
+    count = clients(response.watch_id) if response.plain else 0
+    return min(JOINED_BYTES_MAX, JOINED_DELIVERIES_BYTES_MAX // count) - _bytes_of(response) if count else -1
+
+
+def _follows(last: WatchResponse, response: WatchResponse) -> bool:
+    return (
+        last.plain
+        and response.plain
+        and response.watch_id == last.watch_id
+        and response.events[0].revision > last.events[-1].revision
+    )
+
+
+def _join(last: WatchResponse, response: WatchResponse) -> None:
+    last.events += response.events
+    last.header = response.header
+
+
+def _bytes_of(response: WatchResponse) -> int:
+    """Return the bytes of the encoded events."""
+    return sum([len(event.encoded) for event in response.events])
+
 
 class LargeMessage(Protocol):
     """A response that is read in pieces."""
@@ -251,19 +301,34 @@ class ResponseOrder:
     def _count(self, response: WatchResponse) -> None:
         """Count a response that waits."""
         self._waiting_ids[response.watch_id] = self._waiting_ids.get(response.watch_id, 0) + 1
-        self._waiting_bytes += sum(len(event.encoded) for event in response.events)
+        self._waiting_bytes += _bytes_of(response)
 
-    def step(self) -> list[WatchResponse]:
-        """Take the next piece of a large response, or the next whole one; empty: none has arrived. Raises ScanError."""
+    def _release(self) -> None:
+        """Take the first of those that wait, a whole response, from the queue."""
+        response = self.waiting.popleft()
+        assert isinstance(response, WatchResponse), "it is not a large one"
+        self._waiting_ids[response.watch_id] -= 1
+        if not self._waiting_ids[response.watch_id]:
+            del self._waiting_ids[response.watch_id]
+        self._waiting_bytes -= _bytes_of(response)
+
+    def step(self, clients: Callable[[int], int] = lambda _: 0) -> list[WatchResponse]:
+        """Take the next piece of a large response, or the next whole one; empty: none has arrived. Raises ScanError.
+
+        Those that follow a whole one are joined to it; `clients`: as in `joined`.
+        """
         waiting = self.waiting
         while waiting:
             first = waiting[0]
             if isinstance(first, WatchResponse):
-                waiting.popleft()
-                self._waiting_ids[first.watch_id] -= 1
-                if not self._waiting_ids[first.watch_id]:
-                    del self._waiting_ids[first.watch_id]
-                self._waiting_bytes -= sum(len(event.encoded) for event in first.events)
+                self._release()
+                left = _room(first, clients)
+                while waiting and isinstance(after := waiting[0], WatchResponse) and _follows(first, after):
+                    left -= _bytes_of(after)
+                    if left < 0:
+                        break
+                    self._release()
+                    _join(first, after)
                 return [first]
             piece = None if first.done else first.step()
             if first.done:
