@@ -232,6 +232,7 @@ class _SettingsApplier:
         self._opened = opened
         # In force; fewer connections than configured if there are too few descriptors.
         self.settings = settings
+        self._configured = settings
         self._decision = EndpointsDecision(_endpoints(settings))
         self._examining: asyncio.Task[None] | None = None
 
@@ -242,12 +243,8 @@ class _SettingsApplier:
     def apply(self, settings: Settings) -> None:
         """Apply the settings; new endpoints are checked first, and applied asynchronously."""
         logs.configure(settings.log.log_level, settings.log.log_format)
-        proxy = self._proxy
-        self.settings = within_descriptors(settings, self._opened)
-        self._set_core_limits()
-        proxy.listener.settings = listener_settings(self.settings)
-        proxy.watches.settings = watch_settings(settings)
-        proxy.passthrough.configure(passthrough_settings(settings))
+        self._configured = settings
+        self._use()
         wanted = _endpoints(settings)
         if settings.upstream.discovery_srv:
             # Those from DNS do not change.
@@ -265,10 +262,16 @@ class _SettingsApplier:
             self._examining.cancel()
             self._examining = None
 
-    def _set_core_limits(self) -> None:
-        """Some of them follow from whether watches are taken from a proxy now."""
-        upstream = replace(self.settings.upstream, watch_endpoints=self._decision.in_force.watches)
-        self._proxy.engine.set_limits(core_limits(replace(self.settings, upstream=upstream)))
+    def _use(self) -> None:
+        """Use the settings that are configured, with the endpoints in force: some limits depend on them."""
+        calls, watches = self._decision.in_force
+        upstream = replace(self._configured.upstream, endpoints=calls, watch_endpoints=watches)
+        self.settings = settings = within_descriptors(replace(self._configured, upstream=upstream), self._opened)
+        proxy = self._proxy
+        proxy.engine.set_limits(core_limits(settings))
+        proxy.listener.settings = listener_settings(settings)
+        proxy.watches.settings = watch_settings(settings)
+        proxy.passthrough.configure(passthrough_settings(settings))
 
     async def _examine(self, pending: Examination) -> None:
         problem = await self._proxy.examine_endpoints(*pending.endpoints)
@@ -279,7 +282,7 @@ class _SettingsApplier:
         if endpoints is not None:
             if not result.problem:
                 self._proxy.set_endpoints(*endpoints)
-                self._set_core_limits()
+                self._use()
             if self._decides:
                 report_endpoints(endpoints, result.problem)
 

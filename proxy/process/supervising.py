@@ -65,6 +65,9 @@ PASSED_ON_S: Final = 2.5
 IN_USE_S_MAX: Final = 2.0
 """How long a start waits for an address in use: processes of a parent that was killed may still be ending."""
 
+STOPS: Final = frozenset({signal.SIGTERM, signal.SIGINT})
+"""The signals that stop a process."""
+
 log = logs.logger("workers")
 
 
@@ -173,7 +176,7 @@ class _Supervisor:
         """Supervise until all processes are gone; return the exit code."""
         reloading = Reloading(self._settings, self._apply)
         # Only noted: a signal may come in the middle of anything.
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (*STOPS, signal.SIGHUP):
             signal.signal(number, lambda number, _frame: self._signals.append(number))
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._waking.fileno(), warn_on_full_buffer=False)
@@ -279,6 +282,9 @@ class _Supervisor:
                 done.callback(listening.sockets[0].close)
                 failed.callback(self._distributor.ended, name)
             parent = os.getpid()
+            # One that comes to the new process before it has its own handlers must not be lost in those of the parent.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+            done.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
             pid = os.fork()
             if not pid:
                 end_with(parent)
@@ -300,6 +306,7 @@ class _Supervisor:
                 signal.signal(number, signal.SIG_DFL)
             # One that is sent to all processes by name is the parent's, which reads the settings once.
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
             self._selector.close()
             for each in (self._woken, self._waking, self._own_parent):
                 if each is not None:
@@ -461,7 +468,7 @@ class _Supervisor:
 
     def _decide(self, result: ExaminationResult) -> None:
         endpoints = self._decision.examined(result)
-        if endpoints is not None:
+        if endpoints is not None and self._state.phase is Phase.RUN:
             serving.report_endpoints(endpoints, result.problem)
             if not result.problem:
                 self._pass_on()

@@ -380,19 +380,24 @@ async def test_slow_readers_get_all_after_the_hub_was_killed(etcd: EtcdServer) -
 
 
 NO_FORK = """
-import errno, os, sys
+import errno, os, signal, sys
 fork = os.fork
 full = sys.argv[1]
 sys.argv = sys.argv[4:]
 def failing():
     if os.path.exists(full):
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-    return fork()
+    forked = fork()
+    if not forked and os.path.exists(full + ".stop"):
+        os.unlink(full + ".stop")
+        os.kill(os.getpid(), signal.SIGTERM)
+    return forked
 os.fork = failing
 from proxy.cli import main
 main()
 """
-"""`serve`, whose forks fail as long as a file exists; for `ProxyProcess.prefix`."""
+"""`serve`, whose forks fail as long as a file exists, and get SIGTERM at once if another one exists; for
+`ProxyProcess.prefix`."""
 
 
 async def test_a_fork_that_fails_is_tried_again(etcd: EtcdServer, tmp_path: Path) -> None:
@@ -403,7 +408,11 @@ async def test_a_fork_that_fails_is_tried_again(etcd: EtcdServer, tmp_path: Path
         full.touch()
         os.kill(proxy.processes()["hub"], signal.SIGKILL)
         await until_async(lambda: proxy.log().count("cannot start a process") >= 2, "two attempts", 20)
+        stop = full.with_name("full.stop")
+        stop.touch()
         full.unlink()
+        # SIGTERM that comes right after the fork ends the new process, so there is one more.
+        await until_async(lambda: not stop.exists() and proxy.log().count('"process ended"') >= 2, "two ends", 20)
         async with direct(etcd) as calls:
             last = await calls.put(PREFIX + b"1", b"1")
         for stream in streams:
