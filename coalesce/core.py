@@ -300,7 +300,7 @@ class Coalescer:
         state = self._state
         if state.to_replay_later or state.to_advance_later or state.leaving or self._reads.answered:
             return state.now
-        if state.ending or state.leaderless or state.to_prepare or state.restored:
+        if state.ending or state.to_end or state.to_prepare or state.restored:
             return state.now
         if (state.to_promote or state.queued) and self._placement.is_due:
             return state.now

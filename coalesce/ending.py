@@ -84,7 +84,7 @@ class Cancellation:
         state.note_behind(session)
         state.stats.ids_kept -= len(session.compacted or ())
         session.compacted = None
-        state.leaderless.pop(session, None)
+        state.to_end.pop(session, None)
         del state.sessions[session]
         state.stats.sessions -= 1
         self._remove_some(session, REMOVED_AT_ONCE)
@@ -112,9 +112,9 @@ class Cancellation:
         return count
 
     def expire(self) -> None:
-        """End sessions without a leader, and remove watches of ended sessions, as many as a step allows."""
+        """End the sessions in `to_end`, and remove watches of ended sessions, as many as a step allows."""
         state = self._state
-        left = self._end_leaderless(state.limits.step_watches_max)
+        left = self._end_some(state.limits.step_watches_max)
         while state.leaving and left > 0:
             session = next(iter(state.leaving))
             left = self._remove_some(session, left)
@@ -134,14 +134,15 @@ class Cancellation:
     def no_leader(self) -> None:
         """No endpoint has a leader: end the sessions that require one (`hasleader`)."""
         state = self._state
-        state.leaderless.update((session, None) for session in state.sessions if session.identity.has_leader)
-        self._end_leaderless(state.limits.step_watches_max)
+        of_leader = (session for session in state.sessions if session.identity.has_leader)
+        state.to_end.update((session, etcd_errors.NO_LEADER) for session in of_leader)
+        self._end_some(state.limits.step_watches_max)
 
-    def _end_leaderless(self, left: int) -> int:
-        """End some of these sessions; return how many watches may still be ended in this step."""
-        for session in list(islice(self._state.leaderless, max(1, left // SESSION_WATCHES))):
+    def _end_some(self, left: int) -> int:
+        """End some of the sessions in `to_end`; return how many watches may still be ended in this step."""
+        for session, text in list(islice(self._state.to_end.items(), max(1, left // SESSION_WATCHES))):
             left -= SESSION_WATCHES
-            self.end(session, Status.UNAVAILABLE, etcd_errors.NO_LEADER)
+            self.end(session, Status.UNAVAILABLE, text)
         return left
 
     def too_far_behind(self) -> None:

@@ -62,7 +62,8 @@ class CoreLimits:
     watches_per_session_max: int = 100_000
     # Maximum watches of all sessions; further ones are refused.
     watches_max: int = 10_000_000
-    # Maximum trunks; a create that needs a further one is refused. Each is a watch at etcd and an object here.
+    # Maximum trunks; a create that needs a further one is refused, and a session whose watch would need one because
+    # etcd has refused its cover is ended. Each is a watch at etcd and an object here.
     trunks_max: int = 1_000_000
     # Maximum queued requests of one session (a create waits for etcd); a further one ends the session.
     queue_max: int = 100_000

@@ -196,11 +196,12 @@ class CoverMover:
     def _dissolve(self, cover: Cover, most: int) -> int:
         """Move up to so many watches of a cover to trunks of their own ranges.
 
-        While trunks_max trunks are open, those that need a further one stay, if etcd serves the cover. Otherwise they
-        get it all the same: they were admitted, and receive nothing on a cover that etcd has refused.
+        While trunks_max trunks are open, those that need a further one stay, if etcd serves the cover. On a cover that
+        etcd has refused they would receive nothing, so their sessions end.
         """
         state = self._state
         moved = 0
+        refused, limit = cover.upstream.closed, state.limits.trunks_max
         # From the end: to find the first one of a dict takes time for each one deleted before it, 65 ms for 8 million.
         while cover.watches and moved < most:
             watch, _ = cover.watches.popitem()
@@ -208,8 +209,13 @@ class CoverMover:
             assert branch is not None, "each watch of a cover has a branch"
             trunk = state.trunks.get(branch.span)
             if trunk is None:
-                if len(state.trunks) >= state.limits.trunks_max and not cover.upstream.closed:
+                if len(state.trunks) - refused >= limit:
                     cover.watches[watch] = None
+                    if refused and not watch.session.ended and watch.session not in state.to_end:
+                        state.stats.refused_at["trunks_max"] += 1
+                        text = f"watchmux: the limit of {limit} different ranges is reached, and etcd refuses a cover"
+                        state.to_end[watch.session] = text
+                        moved += 1
                     break
                 trunk = self._trunks.open(branch.span, cover.next_revision, watch.wants_prev_kv)
                 # It may be below another cover.

@@ -250,6 +250,7 @@ class Placement:
 
     def _take_over(self, other: Backfill, backfill: Backfill) -> None:
         """Move the watches of one backfill to an older one; the last of them closes it."""
+        self.left = max(0, self.left - len(other.watches))
         for watch in tuple(other.watches):
             self.unplace(watch)
             self._attach(watch, backfill)
@@ -325,15 +326,20 @@ class Placement:
         return True
 
     def _give_up_stalled(self) -> bool:
-        """Close a backfill all of whose sessions are stalled; its watches get another when these drain."""
+        """Close a backfill all of whose sessions are stalled; its watches get another when these drain.
+
+        False: none is closed, or its watches exceed this step.
+        """
         for backfill in self._state.backfills:
             if backfill.upstream.closed or backfill.is_upgrade:
                 continue
             if all(watch.session.stalled for watch in backfill.watches):
-                for watch in tuple(backfill.watches):
+                given_up = list(islice(backfill.watches, self.left))
+                self.left -= len(given_up)
+                for watch in given_up:
                     self.set_aside(watch)
                     self.detach(watch)
-                return True
+                return backfill not in self._state.backfills
         return False
 
     def _shared(self, watch: Watch) -> Backfill | None:
@@ -365,6 +371,9 @@ class Placement:
         if backfill.next_revision != backfill.upstream.start_revision or (has_prev_kv and not watch.wants_prev_kv):
             return False
         furthest = watch.position + self._state.limits.backfill_share_revisions
+        if len(backfill.watches) > self.left:
+            # To move them exceeds this step.
+            return False
         if not watch.position < backfill.next_revision <= furthest:
             return False
         return all(each.place is not Place.LAGGING and each.position <= furthest for each in backfill.watches)

@@ -52,7 +52,6 @@ class CoreState:
         "header",
         "header_at",
         "lagging_sessions",
-        "leaderless",
         "leaving",
         "ledger",
         "limits",
@@ -71,6 +70,7 @@ class CoreState:
         "to_advance",
         "to_advance_later",
         "to_ask",
+        "to_end",
         "to_move",
         "to_prepare",
         "to_promote",
@@ -99,8 +99,8 @@ class CoreState:
         # Progress requests made so far (see progress_requests).
         self.progress_serial = 0
         self.sessions: dict[Session, None] = {}
-        # Sessions that end because no endpoint has a leader.
-        self.leaderless: dict[Session, None] = {}
+        # Sessions that are to end UNAVAILABLE, with this text: without a leader, or at a limit.
+        self.to_end: dict[Session, str] = {}
         # Ended sessions whose watches are not all removed yet.
         self.leaving: dict[Session, None] = {}
         # Trunks by name, covers included.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from coalesce import CoreLimits, Upstream
@@ -106,6 +108,37 @@ def test_an_older_backfill_takes_over_those_with_no_event_yet() -> None:
     assert newest.read() == ["#0 @60 put 60 k=v"]
     shell.progressed(100, third)
     assert shell.closed == [first, second, third]
+
+
+def test_a_backfill_with_too_many_watches_is_not_taken_over() -> None:
+    """Many watches whose starts decrease would all be moved by each create."""
+    shell = Shell(CoreLimits(step_watches_max=3))
+    several = [behind(shell, 50) for _ in range(4)]
+    behind(shell, 40)
+    behind(shell, 30)
+    assert shell.closed == [shell.opened[2]]
+    assert len(several[0][1].owner.watches) == 4
+    assert shell.core.stats.backfills == 2
+
+
+def test_a_stalled_backfill_is_given_up_in_steps() -> None:
+    shell = Shell(CoreLimits(backfills_max=1, backfill_share_revisions=0, step_watches_max=10))
+    slow, backfill = behind(shell, 50)
+    for _ in range(25):
+        slow.create(start=50)
+    slow.stall()
+    shell.events(backfill, put(50), at=100)
+    waiting, _ = behind(shell, 60)
+    left = [len(backfill.owner.watches)]
+    while shell.core.next_deadline() == shell.now:
+        shell.do(shell.core.expire)
+        left.append(0 if backfill.closed else len(backfill.owner.watches))
+    assert max(before - after for before, after in pairwise(left)) == 10
+    assert backfill in shell.closed
+    assert shell.opened[-1].start_revision == 60
+    shell.created(shell.opened[-1], 100)
+    shell.events(shell.opened[-1], put(60), at=100)
+    assert waiting.read() == ["#0 @60 put 60 k=v"]
 
 
 def test_a_backfill_that_brought_events_is_not_taken_over(shell: Shell) -> None:

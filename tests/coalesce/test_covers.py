@@ -462,6 +462,25 @@ def test_a_removed_cover_keeps_watches_beyond_trunks_max() -> None:
     assert cover in shell.closed
 
 
+def test_a_refused_cover_opens_no_trunks_beyond_trunks_max() -> None:
+    """Sessions of further watches would receive nothing, so they end; the others go on."""
+    shell, a = covered(trunks_max=2)
+    others = [joined(shell, b"/s/%d" % number) for number in range(5)]
+    a.create(b"/s/0", b"", 11)
+    a.read()
+    shell.do(shell.core.upstream_lost, shell.opened[0], UpstreamLost(7, "denied"))
+    shell.wait(5)
+    assert (shell.core.stats.trunks, len(shell.opened)) == (2, 3)
+    reason = (14, "watchmux: the limit of 2 different ranges is reached, and etcd refuses a cover")
+    ended = [client for client in (a, *others) if client.ended]
+    assert {client.ended for client in ended} == {reason}
+    assert len(ended) == shell.core.stats.refused_at["trunks_max"] == 4
+    assert shell.core.stats.watches == 2
+    again = shell.client()
+    again.create(b"/s/new", b"", 11)
+    assert "limit of 2 different ranges" in again.read()[0]
+
+
 def test_a_restore_cancels_the_watches_of_all_branches() -> None:
     shell, a = covered()
     b, future = joined(shell, b"/s/b"), joined(shell, b"/s/c", b"", 900)

@@ -356,7 +356,8 @@ class SimSession:
         if self.ended is not None:
             raise SimulationFailure("a session ended twice")
         self.ended = (status, text)
-        because = [LOST, "behind for more than"] + ["requests wait on one watch stream"] * self.narrow
+        because = [LOST, "behind for more than"]
+        because += ["requests wait on one watch stream", "etcd refuses a cover"] * self.narrow
         because += [NO_LEADER] if has_leader else []
         because += ["larger than max"] if self.poisoned else []
         # A permanently refused token ends its own sessions, and no others.

@@ -224,7 +224,7 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "no session learns that there is no leader",
         "ending",
-        "self.end(session, Status.UNAVAILABLE, etcd_errors.NO_LEADER)",
+        "self.end(session, Status.UNAVAILABLE, text)",
         "pass",
     ),
     Mutant("one refused token ends all", "losing", "elif next(upstream.tokens(), None) is not None:", "elif False:"),
