@@ -29,7 +29,6 @@ from coalesce.effects import Effect
 from coalesce.ending import Cancellation
 from coalesce.fanout import Fanout
 from coalesce.inputs import CreateRefusal, CreateRequest, Granted, Identity, UpstreamLost
-from coalesce.invariants import check
 from coalesce.joining import Admission
 from coalesce.limits import CoreLimits
 from coalesce.losing import Losses
@@ -355,6 +354,8 @@ class Coalescer:
 
     def check(self) -> None:
         """Recount every invariant; see `invariants`. For tests: it walks everything. Raises InvariantBroken."""
+        from coalesce.invariants import check  # not loaded by a proxy
+
         check(self._state, self._placement, self._replayer, self._reads, self._waiters, self._progress)
 
     def _events(self, upstream: Upstream, response: WatchResponse) -> None:

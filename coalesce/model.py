@@ -176,7 +176,7 @@ class Blocker:
         return not watch.follows_trunk or self.trunk.next_revision <= self.revision
 
 
-_IDS = tuple(range(4096))  # one object for each id, in all sessions that use it
+_IDS: dict[int, int] = {}  # one object for each id, in all sessions that use it
 
 
 class PendingCreate:
@@ -266,7 +266,7 @@ class Session:
             self.next_id += 1
         watch_id = self.next_id
         self.next_id += 1
-        return _IDS[watch_id] if watch_id < len(_IDS) else watch_id
+        return _IDS.setdefault(watch_id, watch_id) if watch_id < 4096 else watch_id
 
 
 class Upstream:

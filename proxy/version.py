@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
-from glob import glob
 
 
 def program_version() -> str:
@@ -12,8 +12,9 @@ def program_version() -> str:
     # Not by importlib.metadata, which takes 0.7 MiB of a serving process: the directory that an installer makes is
     # called NAME-VERSION.dist-info, and a normalized version has no hyphen (PyPA's binary distribution format).
     for place in sys.path:
-        for found in glob("watchmux-*.dist-info", root_dir=place or "."):
-            return found.removesuffix(".dist-info").partition("-")[2]
+        for name in os.listdir(place or ".") if os.path.isdir(place or ".") else ():
+            if name.startswith("watchmux-") and name.endswith(".dist-info"):
+                return name.removesuffix(".dist-info").partition("-")[2]
     return ""
 
 

@@ -8,7 +8,7 @@ scheme `http+unix://`, never with TLS, is the proxy's own: for the hub of --work
 
 from __future__ import annotations
 
-import random
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -129,7 +129,7 @@ class Backoff:
         self,
         first_s: float = BACKOFF_FIRST_S,
         max_s: float = BACKOFF_MAX_S,
-        jitter: Callable[[], float] = random.random,
+        jitter: Callable[[], float] = lambda: int.from_bytes(os.urandom(4)) / 2**32,
     ) -> None:
         self._first_s = first_s
         self._max_s = max_s

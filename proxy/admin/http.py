@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from http import HTTPStatus
 from typing import Final, NamedTuple, cast
 
 import h11
@@ -28,12 +27,27 @@ REQUEST_BYTES_MAX: Final = 16 * 1024
 log = logs.logger("admin")
 
 
+OK: Final = 200
+UNAVAILABLE: Final = 503
+REASONS: Final = {
+    OK: b"OK",
+    400: b"Bad Request",
+    404: b"Not Found",
+    405: b"Method Not Allowed",
+    431: b"Request Header Fields Too Large",
+    500: b"Internal Server Error",
+    501: b"Not Implemented",
+    UNAVAILABLE: b"Service Unavailable",
+}
+"""Statuses of answers, with their phrases (RFC 9110)."""
+
+
 class AdminResponse(NamedTuple):
     """An answer: its body, and what describes it."""
 
     body: bytes
     content_type: str = "text/plain; charset=utf-8"
-    status: int = HTTPStatus.OK
+    status: int = OK
     headers: Mapping[str, str] = {}
 
 
@@ -72,10 +86,10 @@ class HttpServer:
         """Make the answer to a request, or begin to."""
         make = self.pages.get(path)
         if make is None:
-            return AdminResponse(b"404: not found\n", status=HTTPStatus.NOT_FOUND)
+            return AdminResponse(b"404: not found\n", status=404)
         if method not in (b"GET", b"HEAD"):
             allow = {"Allow": "GET, HEAD"}
-            return AdminResponse(b"405: only GET and HEAD\n", status=HTTPStatus.METHOD_NOT_ALLOWED, headers=allow)
+            return AdminResponse(b"405: only GET and HEAD\n", status=405, headers=allow)
         try:
             made = make()
         except Exception:
@@ -92,7 +106,7 @@ async def _finished(making: Awaitable[AdminResponse], path: str) -> AdminRespons
 
 def _failed(path: str) -> AdminResponse:
     log.exception("a page of the admin port failed", path=path)
-    return AdminResponse(b"500: the page failed; see the log\n", status=HTTPStatus.INTERNAL_SERVER_ERROR)
+    return AdminResponse(b"500: the page failed; see the log\n", status=500)
 
 
 class HttpConnection(asyncio.Protocol):
@@ -201,8 +215,8 @@ class HttpConnection(asyncio.Protocol):
 
     def _send(self, page: AdminResponse, head_only: bool) -> None:
         headers = [("Content-Type", page.content_type), ("Content-Length", str(len(page.body))), *page.headers.items()]
-        reason = HTTPStatus(page.status).phrase.encode()
-        out = self._http.send(h11.Response(status_code=page.status, headers=headers, reason=reason)) or b""
+        response = h11.Response(status_code=page.status, headers=headers, reason=REASONS.get(page.status, b""))
+        out = self._http.send(response) or b""
         if not head_only:
             out += self._http.send(h11.Data(page.body)) or b""
         self._transport.write(out + (self._http.send(h11.EndOfMessage()) or b""))

@@ -15,11 +15,10 @@ import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from proxy.admin.client_port import ClientPages
-from proxy.admin.http import AdminResponse, HttpServer, MakePage
+from proxy.admin.http import OK, UNAVAILABLE, AdminResponse, HttpServer, MakePage
 from proxy.admin.monitor import Monitor, limits_by_default
 from proxy.config.values import Address
 
@@ -77,7 +76,7 @@ class Exposition:
         """Answer in the format of etcd's /health, so that its probes work unchanged: whether it serves, or why not."""
         serving, reason = self.monitor.serving()
         body = {"health": str(serving).lower(), "reason": reason}
-        status = HTTPStatus.OK if serving else HTTPStatus.SERVICE_UNAVAILABLE
+        status = OK if serving else UNAVAILABLE
         return AdminResponse(_encoded(body), "application/json", status)
 
 
@@ -152,7 +151,7 @@ class Admin:
         An unreachable etcd does not count, because restarting the proxy would not help.
         """
         hung = self.monitor.hung
-        status = HTTPStatus.SERVICE_UNAVAILABLE if hung else HTTPStatus.OK
+        status = UNAVAILABLE if hung else OK
         return AdminResponse(f"{hung or 'ok'}\n".encode(), status=status)
 
 

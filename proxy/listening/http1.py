@@ -16,15 +16,17 @@ import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from proxy import logs
 from upstream.endpoints import Endpoint
 from upstream.errors import BadTls
 from upstream.heads import HOPS_MAX, loop_text
 from upstream.settings import NEXT_ADDRESS_S
-from upstream.tls import FileContext, client_context
 from upstream.transport import addresses_of, connected_to, first_of, open_transport
+
+if TYPE_CHECKING:
+    from upstream.tls import FileContext
 
 METHOD = re.compile(rb"[A-Z]{1,16}( |$)")
 """The method of a request line, complete or not (RFC 9112 3)."""
@@ -159,6 +161,8 @@ class Http1:
         if not endpoint.uses_tls(self._tls is not None):
             return None
         if self._spoken is None:
+            from upstream.tls import client_context  # only with TLS
+
             self._spoken = self._tls.speaking(PROTOCOLS) if self._tls else client_context(protocols=PROTOCOLS)
         return self._spoken.newest()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import random
 from typing import TYPE_CHECKING, cast
 
 from coalesce.inputs import CreateRequest, Identity
@@ -119,8 +118,10 @@ class WatchService:
     async def drain(self, over_s: float) -> None:
         """End every session UNAVAILABLE, spread over `over_s` seconds so that clients do not reconnect all at once."""
         self.draining = True
+        from random import shuffle  # loaded for a drain only
+
         calls = list(self.calls)
-        random.shuffle(calls)
+        shuffle(calls)
         slices = max(1, int(over_s / DRAIN_SLICE_S))
         size = max(DRAIN_SLICE_SESSIONS, math.ceil(len(calls) / slices))
         while calls:
