@@ -22,9 +22,10 @@ FRAME_BYTES_SENT_MAX = 65_536
 LATE_ACK_S_MAX = 1.0
 # It is acknowledged at once if the last acknowledgement is older than this: the timer would cost more than it saves.
 LATE_ACK_GAP_S = 0.25
-# It is acknowledged at once if the client returns more of its window than this with it: the windows may limit the
-# transfer, and the acknowledgement lets them grow.
+# It is acknowledged at once if the client returns more of its window than this with it, or later while less than
+# LATE_ACK_WINDOW_MIN was left: the windows may limit the transfer, and the acknowledgement lets them grow.
 LATE_ACK_BYTES_MAX = 8_192
+LATE_ACK_WINDOW_MIN = WINDOW_BYTES_DEFAULT // 2
 
 
 @dataclass(frozen=True, slots=True)

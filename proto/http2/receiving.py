@@ -22,7 +22,13 @@ from proto.http2.events import (
     StreamReset,
 )
 from proto.http2.headers import MalformedHeaders, check_request, check_response, check_trailers
-from proto.http2.limits import HEADER_TABLE_BYTES_DEFAULT, WINDOW_BYTES_DEFAULT, WINDOW_BYTES_MAX, Http2Limits
+from proto.http2.limits import (
+    HEADER_TABLE_BYTES_DEFAULT,
+    LATE_ACK_WINDOW_MIN,
+    WINDOW_BYTES_DEFAULT,
+    WINDOW_BYTES_MAX,
+    Http2Limits,
+)
 from proto.http2.sending import HALF_CLOSED_LOCAL, HALF_CLOSED_REMOTE, OPEN, Role, SendSide
 from proto.http2.streams import Stream
 
@@ -371,14 +377,11 @@ class ReceiveSide(SendSide):
         """WINDOW_UPDATE (6.9)."""
         if stop - body != 4:
             raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "WINDOW_UPDATE of a wrong size")
-        if self._late_ack:
-            # It has used a quarter of a window meanwhile.
-            self.acknowledge_late(self.now)
         increment = _unpack_word(data, body)[0] & WINDOW_BYTES_MAX
         if not stream_id:
             if not increment:
                 raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
-            self.send_window += increment
+            window, self.send_window = self.send_window, self.send_window + increment
             self._granted += increment
             if self.send_window > WINDOW_BYTES_MAX:
                 raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "connection window above 2^31-1")
@@ -393,13 +396,15 @@ class ReceiveSide(SendSide):
                 return
             if not increment:
                 raise StreamError(stream_id, ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
-            window = stream.send_window + increment
-            if window > WINDOW_BYTES_MAX:
+            window = stream.send_window
+            if window + increment > WINDOW_BYTES_MAX:
                 raise StreamError(stream_id, ErrorCode.FLOW_CONTROL_ERROR, "stream window above 2^31-1")
-            stream.send_window = window
+            stream.send_window = window + increment
             if stream.blocked:
                 self._wait(stream)
                 self._serve(events)
+        if self._late_ack and window < LATE_ACK_WINDOW_MIN:
+            self.acknowledge_late(self.now)
         if increment < self.limits.tiny_update_bytes:
             self._count(TINY_UPDATES)
 

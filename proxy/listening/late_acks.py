@@ -4,8 +4,8 @@ A Go client answers a read of DATA with a WINDOW_UPDATE and a PING, by which it 
 earlier PING is not acknowledged yet. If each is acknowledged at once, an event costs a read and a write more for each
 connection, three times the system calls. Only the growth of the client's windows depends on the measurement. So while
 events follow each other but little is sent (`Connection.receive_update_and_ping` decides), such a PING is acknowledged
-LATE_ACK_S_MAX later, and the client answers none of the events until then. One that needs larger windows returns a part
-of them, which has the PING acknowledged. Other PINGs, such as keep-alives, are acknowledged at once.
+LATE_ACK_S_MAX later, and the client answers none of the events until then. When the client returns a part of a window
+of which it had used half, the PING is acknowledged. Other PINGs, such as keep-alives, are acknowledged at once.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 
 from proto.http2 import UPDATE_AND_PING_BYTES, Connection, ErrorCode, Http2Limits, Stream
 from proto.http2.frames import BANDWIDTH_PING
-from proto.http2.limits import LATE_ACK_BYTES_MAX, LATE_ACK_GAP_S
+from proto.http2.limits import LATE_ACK_BYTES_MAX, LATE_ACK_GAP_S, LATE_ACK_WINDOW_MIN
 from tests.http2 import wire
 from tests.http2.wire import Peer, client, data, event_lines, raw, server, update
 
@@ -239,11 +239,14 @@ def test_a_ping_is_acknowledged_at_once(name: str) -> None:
 
 
 def test_each_bandwidth_ping_is_acknowledged() -> None:
-    """A client may send further ones, or more of the window, while one waits; grpc-go does the latter only."""
+    """A client may send further ones, or return more of a window, while one waits; grpc-go does the latter only."""
     connection = asked_at(10.0)
     connection.now = 10.1
     assert connection.receive_update_and_ping(ASK) == b""
     assert connection.receive_update_and_ping(ASK) == ACKNOWLEDGED
+    connection.receive(update(0, 20_000) + update(1, 20_000))
+    assert connection.output() == []
+    connection.send_window = LATE_ACK_WINDOW_MIN - 1
     connection.receive(update(0, 20_000))
     assert b"".join(connection.output()) == ACKNOWLEDGED
     connection.acknowledge_late(10.3)
