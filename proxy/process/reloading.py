@@ -75,6 +75,11 @@ class Reloading:
             # No file descriptor or memory is left.
             log.error("cannot read the settings; nothing changed", problem=str(error))
             return
+        except Exception as error:
+            # The program on disk is another one since an upgrade, and a module that is loaded only now fails.
+            problem = f"{type(error).__name__}: {error}; if the program was upgraded, restart it"
+            log.error("cannot read the settings; nothing changed", problem=problem)
+            return
         for note in notes:
             log.warning(note)
         changed = changes(self.settings, wanted)

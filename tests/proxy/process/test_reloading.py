@@ -47,9 +47,10 @@ def test_each_setting_is_applied_or_needs_a_restart(path: str) -> None:
     assert changes(Settings(), merged(Settings(), new)) == ({path} & reloaded())
 
 
-def test_invalid_settings_change_nothing() -> None:
+@pytest.mark.parametrize("error", [Failed("no"), OSError(24, "no descriptors"), ImportError("an upgrade")])
+def test_invalid_settings_change_nothing(error: Exception) -> None:
     def fails() -> tuple[Settings, list[str]]:
-        raise Failed("no")
+        raise error
 
     applied: list[Settings] = []
     reloading = Reloading(Settings(), applied.append)
