@@ -75,7 +75,7 @@ async def test_five_hundred_watches_are_one_upstream_watch(etcd: EtcdServer) -> 
             await until_async(lambda stream=stream: len(stream.values) == 10, "all events")  # type: ignore[misc]
             assert stream.values == expected
         await assert_kept([(stream, 0) for stream in streams[:25]], etcd.endpoint, PREFIX, PREFIX_END, last)
-        assert etcd.watchers() == base + 1
+        await until_async(lambda: etcd.watchers() == base + 1, "the watch of the check to be gone", GONE_S)
         for client in clients:
             await client.close()
         await until_async(lambda: etcd.watchers() == base, "the watcher to be gone", GONE_S)

@@ -248,7 +248,8 @@ async def test_renewed_certificates_are_used_by_all_processes(tmp_path: Path) ->
             for stream in streams:
                 await until_async(lambda s=stream: s.values == [b"1"], "the event", 20)  # type: ignore[misc]
         refused = [line for line in proxy.log().splitlines() if "cannot load the renewed certificate files" in line]
-        assert sorted(str(msgspec.json.decode(line)["process"]) for line in refused) == ["worker-1", "worker-2"]
+        # A look may fall between the files of a whole renewal, too: then a process has a second line.
+        assert {msgspec.json.decode(line)["process"] for line in refused} == {"worker-1", "worker-2"}
 
 
 RESOLVER = """
