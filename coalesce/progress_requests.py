@@ -24,8 +24,8 @@ from coalesce.waiting import ProgressWaiters
 STREAMS_PER_REQUEST_MAX = 256
 # Maximum upstream watches that one request asks for other reasons than waiting sessions: 1 us of CPU for each.
 UPSTREAMS_PER_REQUEST_MAX = 10_000
-# Maximum watches of waiting sessions that are examined for one request.
-_LOOKED_AT_MAX = 20_000
+# Maximum watches of waiting sessions that are examined for one request: 1 us of CPU for each.
+_LOOKED_AT_MAX = 10_000
 
 
 class _Request:
@@ -71,13 +71,25 @@ class _Request:
 class ProgressRequests:
     """Makes and repeats the requests."""
 
-    __slots__ = ("_asked_at", "_pause_s", "_retry_at", "_soon_at", "_state", "_unasked", "_waiters", "_wanted")
+    __slots__ = (
+        "_asked_at",
+        "_begun",
+        "_pause_s",
+        "_retry_at",
+        "_soon_at",
+        "_state",
+        "_unasked",
+        "_waiters",
+        "_wanted",
+    )
 
     def __init__(self, state: CoreState, waiters: ProgressWaiters) -> None:
         self._state = state
         self._waiters = waiters
         # Waiting sessions for which not all upstream watches were asked yet.
         self._unasked: dict[Session, None] = {}
+        # Of those with very many watches: where the next request goes on, and whether all before could be asked.
+        self._begun: dict[Session, tuple[int, bool]] = {}
         # The number of the newest request that is wanted.
         self._wanted = 0
         # When to ask again; None = there is no reason to.
@@ -91,6 +103,7 @@ class ProgressRequests:
     def want_for(self, session: Session) -> None:
         """Make a request soon for a session that has begun to wait."""
         self._unasked[session] = None
+        self._begun.pop(session, None)
         self.want()
 
     def want(self, *upstreams: Upstream) -> None:
@@ -110,6 +123,7 @@ class ProgressRequests:
     def forget(self, session: Session) -> None:
         """Remove a session that does not wait any more."""
         self._unasked.pop(session, None)
+        self._begun.pop(session, None)
 
     def go_on(self) -> None:
         """Ask the upstream watches that were left out of the last request."""
@@ -183,6 +197,7 @@ class ProgressRequests:
         else:
             state.to_ask.clear()
             self._unasked.clear()
+            self._begun.clear()
             if not waiters.sessions and not waiters.rounds:
                 return
         state.progress_serial += 1
@@ -231,8 +246,9 @@ class ProgressRequests:
     def _take_all(self, request: _Request, session: Session, needs: int, again: bool) -> bool:
         """Add the upstream watches of a session; False: not all of them now."""
         enough = session.progress_blocker.revision if again and session.progress_blocker is not None else None
-        complete = True
-        for watch in session.watches.values():
+        begin, complete = self._begun.pop(session, (0, True))
+        end = begin + _LOOKED_AT_MAX - request.looked_at
+        for watch in islice(session.watches.values(), begin, end):
             trunk, source = watch.trunk, watch.source
             if source is trunk or source is None:
                 if enough is None or trunk.next_revision <= enough:
@@ -240,4 +256,9 @@ class ProgressRequests:
             else:
                 complete &= request.take(trunk.upstream, needs)
                 complete &= request.take(source.upstream, needs)
+        if len(session.watches) > end:
+            # Watches that end meanwhile may let others be passed over: these are asked when the request is repeated.
+            self._begun[session] = end, complete
+            request.full = True
+            return False
         return complete

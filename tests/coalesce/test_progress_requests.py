@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 
 from coalesce import CoreLimits, Session
@@ -129,6 +131,25 @@ def test_a_request_asks_a_bounded_number_of_streams(monkeypatch: pytest.MonkeyPa
     for trunk in trunks:
         shell.progressed(9, trunk)
     assert all(client.read() == ["#-1 @9 progress"] for client in clients)
+
+
+def test_a_session_with_very_many_ranges_asks_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another session is asked for in between, and the session is answered when all parts are."""
+    monkeypatch.setattr("coalesce.progress_requests._LOOKED_AT_MAX", 10)
+    shell = Shell()
+    many, other = shell.client(), shell.client()
+    kept = shell.trunk(5, other, b"other")
+    trunks = [shell.trunk(5, many, b"%d" % number) for number in range(25)]
+    many.progress()
+    other.progress()
+    shell.wait(0.02)
+    assert shell.asked == [tuple(trunks[:10])]
+    shell.wait(0.07)
+    assert max(map(len, shell.asked)) == 10
+    assert shell.asked[2][0] is kept
+    assert set(chain(*shell.asked)) == {kept, *trunks}
+    shell.progressed(9)
+    assert (many.read(), other.read()) == (["#-1 @9 progress"], ["#-1 @9 progress"])
 
 
 def test_sessions_do_not_wait_for_old_bookmarks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,11 +144,29 @@ def no_leader(own: bool) -> Steps:
 
 
 def asks_for_progress(own: bool) -> Steps:
-    """The session asks for progress, and etcd answers."""
+    """Etcd is asked for the progress of the session's watches."""
     many = Many(WATCHES, own=own)
     steps = many.measure(many.core.progress, many.sessions[0])
-    answered = many.measure(many.core.upstream_progress, tuple(many.opened), header(START + 1), 1)
-    steps.longest_s = max(steps.longest_s, answered.longest_s)
+    gc.disable()
+    for _ in range(9):
+        many.now += 0.05
+        many.go_on(steps)
+    gc.enable()
+    return steps
+
+
+def is_answered(own: bool) -> Steps:
+    """Etcd answers, for 10,000 upstream watches at a time, and the session is answered."""
+    many = Many(WATCHES, own=own)
+    many.carry_out(many.core.progress(many.sessions[0], many.now))
+    many.now += 0.05
+    many.go_on()
+    steps = Steps()
+    for first in range(0, len(many.opened), 10_000):
+        part = tuple(many.opened[first : first + 10_000])
+        answered = many.measure(many.core.upstream_progress, part, header(START + 1), 1)
+        steps.longest_s = max(steps.longest_s, answered.longest_s)
+        steps.count += answered.count
     return steps
 
 
@@ -252,8 +270,10 @@ SITUATIONS: dict[str, Callable[[], Steps]] = {
     "upstream watch lost, one session": partial(lost, False, 1),
     "upstream watch lost, 10,000 sessions": partial(lost, False, 10_000),
     "cover refused": partial(lost, True, 1),
-    "progress of one range": partial(asks_for_progress, False),
-    "progress of ranges of their own": partial(asks_for_progress, True),
+    "progress of one range is asked for": partial(asks_for_progress, False),
+    "progress of ranges of their own is asked for": partial(asks_for_progress, True),
+    "progress of one range is answered": partial(is_answered, False),
+    "progress of ranges of their own is answered": partial(is_answered, True),
     "event of a backfill": partial(backfill_event, False),
     "event of a backfill, its session is stalled": partial(backfill_event, True),
     "backfill from an older start": partial(older_start, False),
