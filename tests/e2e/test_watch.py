@@ -123,7 +123,7 @@ async def test_options_of_a_watch(etcd: EtcdServer) -> None:
         await store.put(b"a", b"1")
         await store.delete(b"a")
         await store.put(b"a", b"2")
-        await until_async(lambda: len(stream.raw.messages) == 6, "three events")
+        await until_async(lambda: sum(len(each.events) for each in stream.responses) == 3, "three events")
         by_id: dict[int, list[tuple[int, bytes, bytes]]] = {7: [], 8: []}
         for response in stream.responses[3:]:
             by_id[response.watch_id] += [(e.type, e.kv.value, e.prev_kv.value) for e in response.events]

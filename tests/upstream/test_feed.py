@@ -233,7 +233,7 @@ def test_only_events_that_follow_whole_revisions_are_joined() -> None:
     assert joined(run, lambda _: 1) is run
 
 
-@pytest.mark.parametrize(("clients", "bytes_max"), [(1, JOINED_BYTES_MAX), (1000, JOINED_DELIVERIES_BYTES_MAX // 1000)])
+@pytest.mark.parametrize(("clients", "bytes_max"), [(1, JOINED_BYTES_MAX), (4000, JOINED_DELIVERIES_BYTES_MAX // 4000)])
 def test_joined_events_are_bounded(clients: int, bytes_max: int) -> None:
     [bare] = in_a_read((1, [7]), value_bytes=bytes_max // 4)
     head = len(bare.events[0].encoded) - bytes_max // 4

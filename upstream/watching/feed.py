@@ -27,7 +27,7 @@ LARGE_BYTES: Final = 64 * 1024
 JOINED_BYTES_MAX: Final = 4 * 1024
 """The events of a joined response, in bytes: one frame carries it, and windows of 64 KiB take it for many streams."""
 
-JOINED_DELIVERIES_BYTES_MAX: Final = 1024 * 1024
+JOINED_DELIVERIES_BYTES_MAX: Final = 4 * 1024 * 1024
 """The same, times the clients that it goes to, whose output waits in memory until it is written."""
 
 
