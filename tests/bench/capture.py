@@ -288,7 +288,7 @@ async def grpcio(port: int, streams: int) -> None:
 async def load(profile: str, port: int, streams: int) -> None:
     """Open the streams with the benchmark's load, until killed."""
     case = Case("captured", "", 1, streams, profile=profile)
-    crowd = Crowd(case, HOST, port, ("", ""))
+    crowd = Crowd(case, HOST, (port,), ("", ""))
     await crowd.come(Tally(streams, 0, 1 << 62))
     await asyncio.Event().wait()
 

@@ -61,10 +61,16 @@ WORKERS = "watchmux-workers"
 """With --workers=2."""
 LEVELS = "watchmux-two-levels"
 """A leaf in front of a hub."""
+TWICE = "watchmux-twice"
+"""Two processes that share nothing, each with half of the clients: what two workers cost without a hub."""
+FLOOR = "floor"
+"""The minimal loop (tests/bench/floor.py)."""
+FLOOR_WORKERS = "floor-workers"
+"""Three of them: a hub, and two in front of it, each with half of the clients."""
 PEERS = ("etcd", PEER, OURS)
 WITH_OLD = ("etcd", PEER, OLD_PEER, OURS)
-ALL = ("floor", *WITH_OLD)
-WITH_SEVERAL = (*ALL, WORKERS, LEVELS)
+ALL = (FLOOR, *WITH_OLD)
+WITH_SEVERAL = (*ALL, WORKERS, LEVELS, TWICE, FLOOR_WORKERS)
 WORKERS_AT = (100, 10_000)
 """The numbers of watches with which the fixed cost of an event with workers is measured."""
 

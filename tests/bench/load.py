@@ -17,6 +17,7 @@ import ssl
 import struct
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -289,9 +290,10 @@ class Tally:
 class Crowd:
     """All connections of a case."""
 
-    def __init__(self, case: Case, host: str, port: int, certificate: tuple[str, str]) -> None:
+    def __init__(self, case: Case, host: str, ports: Sequence[int], certificate: tuple[str, str]) -> None:
+        """`ports`: of servers that get the same number of connections each."""
         self.case = case
-        self.address = (host, port)
+        self.host, self.ports = host, ports
         self.clients: list[Client] = []
         self.tls: ssl.SSLContext | None = None
         if case.tls:
@@ -307,7 +309,7 @@ class Crowd:
         case = self.case
         loop = asyncio.get_running_loop()
         share, rest = divmod(case.streams, case.connections)
-        host, port = self.address
+        host = self.host
 
         # The transport decrypts TLS, so it must read as well.
         arrivals = None if self.tls else Arrivals()
@@ -320,6 +322,7 @@ class Crowd:
                     await client.there.wait()
 
         async def connected(index: int) -> Client:
+            port = self.ports[index % len(self.ports)]
             _, client = await loop.create_connection(lambda: Client(tally, case, arrivals), host, port, ssl=self.tls)
             self.clients.append(client)
             first = (index * share + min(index, rest)) * case.watches
@@ -430,15 +433,15 @@ def report(tally: Tally, stamps: int, early: int) -> None:
     )
 
 
-async def run(case: Case, host: str, port: int, certificate: tuple[str, str]) -> None:
+async def run(case: Case, host: str, ports: Sequence[int], certificate: tuple[str, str]) -> None:
     """Run the case."""
     orders = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin)
     if case.kind is Kind.CALLS:
-        await call(case, host, port, orders)
+        await call(case, host, ports[0], orders)
     else:
-        await watch(case, Crowd(case, host, port, certificate), orders)
+        await watch(case, Crowd(case, host, ports, certificate), orders)
 
 
 def say(what: dict[str, Any]) -> None:
@@ -448,5 +451,6 @@ def say(what: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    name, profile, host, port, certificate, key = sys.argv[1:]
-    uvloop.run(run(replace(CASES[name], profile=profile), host, int(port), (certificate, key)))
+    name, profile, host, ports, certificate, key = sys.argv[1:]
+    addressed = [int(port) for port in ports.split(",")]
+    uvloop.run(run(replace(CASES[name], profile=profile), host, addressed, (certificate, key)))

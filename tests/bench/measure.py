@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any, Self
 
-from tests.bench.cases import Case, Kind
+from tests.bench.cases import WORKERS, Case, Kind
 from tests.bench.targets import PYTHON, Target
 from tests.clients import golang
 from tests.etcd.server import HOST
@@ -64,7 +64,8 @@ class Load(_Child):
     """The load generator, running against a target."""
 
     def __init__(self, case: Case, target: Target, files: Certificates) -> None:
-        arguments = [case.name, case.profile, HOST, str(target.port), files.client_cert, files.client_key]
+        ports = ",".join(map(str, (target.port, *target.more_ports)))
+        arguments = [case.name, case.profile, HOST, ports, files.client_cert, files.client_key]
         command = [PYTHON, "-m", "tests.bench.load", *arguments]
         if case.real:
             command = [
@@ -132,7 +133,7 @@ def measure(case: Case, target: Target, endpoint: str, files: Certificates) -> F
                     write(case, endpoint, case.behind, case.writes, case.rate)
                 load.go()
             figures |= _told(case, load.says(), target.cpu_s() - before_s)
-            if len(each_s) > 2:
+            if target.name == WORKERS:
                 figures |= _by_process(case, [s - was for s, was in zip(target.cpu_each_s(), each_s, strict=True)])
         if bystander is not None:
             figures["late_ms"], figures["etcd_late_ms"] = bystander.latest_ms()

@@ -8,12 +8,12 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tests.bench.cases import OLD_PEER, OURS, PEER
+from tests.bench.cases import FLOOR, OLD_PEER, OURS, PEER
 from tests.bench.measure import Results
 from tests.bench.report import ratio
 
 COLOURS = {  # of the targets that are drawn
-    "floor": "#b0b0b0",
+    FLOOR: "#b0b0b0",
     "etcd": "#e0a458",
     PEER: "#4a7fb5",
     OLD_PEER: "#9dbcd8",

@@ -14,7 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from tests.bench import several
-from tests.bench.cases import CASES, OLD_PEER, OURS, PEER, Case, Kind
+from tests.bench.cases import CASES, FLOOR, OLD_PEER, OURS, PEER, Case, Kind
 from tests.bench.measure import Figures, Results
 from tests.bench.profiles import DEFAULT
 
@@ -200,7 +200,7 @@ def bounds_of(results: Results) -> str:
         (what, ours[case][figure], most) for what, case, figure, most in BOUNDS if figure in ours.get(case, {})
     ]
     case, most = FLOOR_MAX
-    if (times := ratio(results, case, "cpu_us", "floor")) is not None:
+    if (times := ratio(results, case, "cpu_us", FLOOR)) is not None:
         found.append((f"CPU of an event in {case}, times the floor's", times, most))
     costs = [ours[case]["cpu_us"] for case in SCALE if case in ours]
     if len(costs) > 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from tests.bench.cases import CASES, LEVELS, OURS, WORKERS, WORKERS_AT
+from tests.bench.cases import CASES, FLOOR, FLOOR_WORKERS, LEVELS, OURS, TWICE, WORKERS, WORKERS_AT
 from tests.bench.measure import Figures, Results
 
 CPU_MAX = {"burst": 1.25, "paced": 1.25, "single": 1.25}
@@ -29,23 +29,27 @@ def measured_of(results: Results) -> str:
     rows = []
     for case, by_target in results.items():
         if not case.startswith("scale-") and WORKERS in by_target and OURS in by_target:
-            rows.append(_row(case, by_target[OURS], by_target[WORKERS], by_target.get(LEVELS)))
+            rows.append(_row(case, by_target))
     if not rows:
         return ""
     heads = (
-        *("case", "CPU us, one process", "two workers", "two levels", "us a write: parent + hub + each worker"),
+        *("case", "CPU us, one process", "two workers", "two levels", "two processes that share nothing"),
+        *("the floor: hub and two workers, times one", "us a write: parent + hub + each worker"),
         *("least busy worker", "p50 ms, one process", "two workers", "PSS MiB, one process", "two workers"),
     )
     return "\n".join([f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1), *rows]) + "\n"
 
 
-def _row(case: str, one: Figures, two: Figures, levels: Figures | None) -> str:
+def _row(case: str, by_target: dict[str, Figures]) -> str:
+    one, two = by_target[OURS], by_target[WORKERS]
     cpu = _judged(two["cpu_us"] / one["cpu_us"], CPU_MAX.get(case))
     missed = two["p50_ms"] - one["p50_ms"] > LATER_MS_MAX and case in CPU_MAX
     cells = (
         f"{one['cpu_us']:.2f}",
         f"{two['cpu_us']:.2f} ({cpu})",
-        f"{levels['cpu_us']:.2f} ({levels['cpu_us'] / one['cpu_us']:.2f})" if levels else "",
+        _compared(by_target, LEVELS, OURS),
+        _compared(by_target, TWICE, OURS),
+        _compared(by_target, FLOOR_WORKERS, FLOOR),
         " + ".join(f"{two[name]:.0f}" for name in ("parent_us", "hub_us", "worker_us")),
         f"{two['least_share']:.2f}{'' if two['least_share'] >= LEAST_SHARE else ' **missed**'}",
         f"{one['p50_ms']:.2f}",
@@ -54,6 +58,14 @@ def _row(case: str, one: Figures, two: Figures, levels: Figures | None) -> str:
         f"{two['pss_mib']:.1f}",
     )
     return f"| {case} | {' | '.join(cells)} |"
+
+
+def _compared(by_target: dict[str, Figures], name: str, base: str) -> str:
+    """Return the CPU of a target, and how many times that of another it is; empty if one was not measured."""
+    if name not in by_target or base not in by_target:
+        return ""
+    cpu_us = by_target[name]["cpu_us"]
+    return f"{cpu_us:.2f} ({cpu_us / by_target[base]['cpu_us']:.2f})"
 
 
 def _judged(value: float, most: float | None) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coalesce.limits import CoreLimits
-from tests.bench.cases import LEVELS, OLD_PEER, OURS, PEER, WORKERS, Case
+from tests.bench.cases import FLOOR, FLOOR_WORKERS, LEVELS, OLD_PEER, OURS, PEER, TWICE, WORKERS, Case
 from tests.etcd.binaries import etcds
 from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.upstream.certificates import Certificates
@@ -30,6 +30,8 @@ class Target:
     pid: int
     others: tuple[int, ...] = ()
     """Further processes: with --workers the hub and the workers, in this order; in two levels the hub."""
+    more_ports: tuple[int, ...] = ()
+    """Further addresses: each gets as many clients as `port`."""
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -105,10 +107,24 @@ def direct(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target
 def floor(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
     """Yield the minimal loop, in front of `etcd`."""
     del files
-    port = free_port()
-    command = [PYTHON, "-m", "tests.bench.floor", case.name, HOST, str(etcd.client_port), str(port)]
-    with _started("floor", command, port) as target:
+    with _floor(case, etcd.client_port) as target:
         yield target
+
+
+@contextmanager
+def _floor(case: Case, upstream_port: int) -> Iterator[Target]:
+    port = free_port()
+    command = [PYTHON, "-m", "tests.bench.floor", case.name, HOST, str(upstream_port), str(port)]
+    with _started(FLOOR, command, port) as target:
+        yield target
+
+
+@contextmanager
+def floor_workers(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
+    """Yield two minimal loops in front of a third one, in front of `etcd`."""
+    del files
+    with _floor(case, etcd.client_port) as hub, _floor(case, hub.port) as one, _floor(case, hub.port) as other:
+        yield Target(FLOOR_WORKERS, one.port, one.pid, (hub.pid, other.pid), (other.port,))
 
 
 @contextmanager
@@ -169,6 +185,13 @@ def with_workers(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[
 
 
 @contextmanager
+def twice(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
+    """Yield two watchmux processes, each in front of `etcd`."""
+    with ours(case, etcd, files) as one, ours(case, etcd, files) as other:
+        yield Target(TWICE, one.port, one.pid, (other.pid,), (other.port,))
+
+
+@contextmanager
 def two_levels(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Target]:
     """Yield a leaf, which takes its watches from a hub in front of `etcd`."""
     with (
@@ -179,11 +202,13 @@ def two_levels(case: Case, etcd: EtcdServer, files: Certificates) -> Iterator[Ta
 
 
 TARGETS: dict[str, Callable[[Case, EtcdServer, Certificates], AbstractContextManager[Target]]] = {
-    "floor": floor,
+    FLOOR: floor,
     "etcd": direct,
     PEER: peer,
     OLD_PEER: old_peer,
     OURS: ours,
     WORKERS: with_workers,
     LEVELS: two_levels,
+    TWICE: twice,
+    FLOOR_WORKERS: floor_workers,
 }

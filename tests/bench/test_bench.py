@@ -105,7 +105,7 @@ async def test_creates_that_never_come_end_at_the_limit(capsys: pytest.CaptureFi
     case = Case("silent", "", 1, 1, at_a_time=1, limit_s=0.05)
     with socket.create_server((HOST, 0)) as silent:
         host, port = silent.getsockname()
-        crowd = Crowd(case, host, port, ("", ""))
+        crowd = Crowd(case, host, (port,), ("", ""))
         await watch(case, crowd, orders)
         crowd.go()
     assert '{"ready": false, "created": 0,' in capsys.readouterr().out
@@ -198,6 +198,11 @@ def test_costs_of_workers_follow_from_two_fan_outs() -> None:
 def test_two_workers_are_judged_by_one_process() -> None:
     one = {"cpu_us": 1.0, "p50_ms": 2.0, "pss_mib": 28.0}
     two = {**workers(1.5, 50, 60), "least_share": 0.7, "p50_ms": 2.4, "pss_mib": 65.0}
-    table = several.measured_of({"paced": {"watchmux": one, "watchmux-workers": two}})
-    cells = "1.00 | 1.50 (1.50 of 1.25 **missed**) |  | 0 + 50 + 60 | 0.70 **missed** | 2.00 | 2.40 | 28.0 | 65.0 |"
-    assert table.splitlines()[2] == f"| paced | {cells}"
+    by_target = {"watchmux": one, "watchmux-workers": two, "watchmux-twice": {"cpu_us": 1.3}}
+    floors = {"floor": {"cpu_us": 0.5}, "floor-workers": {"cpu_us": 0.7}}
+    table = several.measured_of({"paced": by_target, "burst": by_target | floors})
+    cpu, rest = "1.00 | 1.50 (1.50 of 1.25 **missed**)", "0 + 50 + 60 | 0.70 **missed** | 2.00 | 2.40 | 28.0 | 65.0 |"
+    assert table.splitlines()[2:] == [
+        f"| paced | {cpu} |  | 1.30 (1.30) |  | {rest}",
+        f"| burst | {cpu} |  | 1.30 (1.30) | 0.70 (1.40) | {rest}",
+    ]

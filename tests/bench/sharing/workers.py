@@ -1,98 +1,185 @@
-"""The events a second of one process and of --workers=2, with the cores left to the proxy.
+"""The events a second of one process and of --workers=2, with two cores that are almost only the proxy's.
 
-The clients do not read, since the kernel keeps what they receive. `make bench` has the CPU per event and the delay.
+Each write is for thousands of connections with one stream each, so few writes fill the proxy, and etcd, the writer and
+the clients need little. The clients do not read until the end: the kernel keeps what they receive, and then all events
+are counted. `make bench` has the CPU per event and the delay.
 """
 
 from __future__ import annotations
 
 import asyncio
 import fcntl
+import resource
 import socket
 import struct
 import termios
 import time
 from dataclasses import replace
-from typing import Final
+from functools import partial
+from typing import Final, NamedTuple
 
+from proto.pb import rpc_pb2
+from tests.bench import wire
+from tests.bench.caller import PUT, connect, stamped
+from tests.bench.load import WATCH
+from tests.bench.profiles import DATA, HEADERS, frame
 from tests.bench.sharing.front import Figures, Front, Scenario
 from tests.bench.targets import Target, children
-from tests.e2e.raw_client import RawClient
-from tests.e2e.running import direct
 from tests.etcd.binaries import current
-from tests.etcd.server import EtcdServer
+from tests.etcd.server import HOST, EtcdServer
+from tests.waiting import until_async
 
-KEY: Final = b"/bench/key"
+KEY: Final = b"bench/key"
 SETTLE_S: Final = 2.0
 UNREAD_BYTES_MAX: Final = 4 * 1024 * 1024
-CONNECTIONS: Final = 400
-PUTS: Final = 4000
-AT_A_TIME: Final = 16
-LOOK_S: Final = 0.05
-EVENT_BYTES_MIN: Final = 40
-"""Each event has a key of 10 bytes, a value of 16, and the frames and fields around them."""
+CONNECTIONS_AT_A_TIME: Final = 100
+LOOK_S: Final = 0.02
+LOOKED_AT: Final = 50
+"""So many of the connections show when the last event has come."""
 
 
-def throughput(front: Front) -> Figures:
-    """400 connections with one stream each, and writes as fast as etcd takes them; no client reads meanwhile."""
+class Size(NamedTuple):
+    """How many connections there are, and how many writes, at which rate: more events than the proxy can deliver."""
+
+    connections: int
+    writes: int
+    writes_s: float
+
+
+SIZES: Final = (Size(4000, 1000, 500), Size(8000, 500, 300))
+
+
+class Unread(wire.RawClient):
+    """A connection with one watch. It reads until that is created, and again when the events are counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.created = False
+        self.events: int | None = None
+        """Those read so far; None: it does not count yet."""
+        self._last = b""
+
+    def data_received(self, data: bytes) -> None:
+        if self.events is None:
+            super().data_received(data)
+            return
+        # A marker may be cut by the end of a read.
+        data = self._last + data
+        self.events += data.count(wire.MARKER)
+        self._last = data[-(len(wire.MARKER) - 1) :]
+
+    def on_frame(self, kind: int, flags: int, stream: int, data: bytes, start: int, end: int) -> None:
+        del flags, stream, data, start, end
+        self.created = self.created or kind == DATA
+
+    @classmethod
+    async def connect(cls, port: int) -> Unread:
+        """Open a connection, and its watch."""
+        _, client = await asyncio.get_running_loop().create_connection(cls, HOST, port)
+        create = rpc_pb2.WatchCreateRequest(key=KEY)
+        message = rpc_pb2.WatchRequest(create_request=create).SerializeToString()
+        head = frame(HEADERS, 4, 1, wire.RequestBlocks(WATCH, f"{HOST}:{port}").take())
+        client.transport.write(head + wire.message_frame(1, message))
+        return client
+
+    def stop(self) -> socket.socket:
+        """Read no more, and return the socket."""
+        self.transport.pause_reading()
+        found: socket.socket = self.transport.get_extra_info("socket")
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UNREAD_BYTES_MAX)
+        return found
+
+    async def count(self) -> int:
+        """Read and count all events that the kernel has."""
+        self.events = 0
+        self.transport.resume_reading()
+        unread = partial(_unread_bytes, self.transport.get_extra_info("socket"))
+        await until_async(lambda: not unread(), "the client to read what came")
+        return self.events
+
+
+class Used(NamedTuple):
+    """The seconds from the first write to the last event, and the CPU seconds of everything meanwhile."""
+
+    took_s: float
+    proxy_s: list[float]
+    etcd_s: float
+    load_s: float
+
+
+def _throughput(size: Size, front: Front) -> Figures:
+    """Measure one process and two workers, and compare them."""
     figures: Figures = {}
     if front.root is None:
         return figures
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     rates: list[float] = []
+    events = size.connections * size.writes
     for how, flags in (("1 process", ()), ("2 workers", ("--workers=2",))):
         with EtcdServer(current()) as etcd, front.before(etcd.endpoint, *flags):
             time.sleep(SETTLE_S)
             target = front.server(etcd)
             target = replace(target, others=children(target.pid))
-            used, took_s, own_s = asyncio.run(unread(etcd, target))
-        events = CONNECTIONS * PUTS
-        rates.append(events / took_s)
+            used = asyncio.run(_measured(size, etcd, target))
+        rates.append(events / used.took_s)
         figures[f"{how}: events per second"] = round(rates[-1])
-        figures[f"{how}: us of CPU per event"] = round(sum(used) / events * 1e6, 2)
-        figures[f"{how}: cores used by the proxy"] = round(sum(used) / took_s, 2)
-        figures[f"{how}: cores used by its busiest process"] = round(max(used) / took_s, 2)
-        figures[f"{how}: cores used by the load generator"] = round(own_s / took_s, 2)
+        figures[f"{how}: us of CPU per event"] = round(sum(used.proxy_s) / events * 1e6, 2)
+        figures[f"{how}: cores used by the proxy"] = round(sum(used.proxy_s) / used.took_s, 2)
+        figures[f"{how}: cores used by its busiest process"] = round(max(used.proxy_s) / used.took_s, 2)
+        figures[f"{how}: cores used by etcd"] = round(used.etcd_s / used.took_s, 2)
+        figures[f"{how}: cores used by writer and clients"] = round(used.load_s / used.took_s, 2)
     figures["2 workers: times the events per second of 1 process"] = round(rates[1] / rates[0], 2)
     return figures
 
 
-async def unread(etcd: EtcdServer, target: Target) -> tuple[list[float], float, float]:
-    """Return the CPU seconds of each process, the seconds until the last event, and the CPU seconds of the clients."""
-    clients = [await RawClient.connect(target.port) for _ in range(CONNECTIONS)]
-    streams = [client.watch() for client in clients]
-    for stream in streams:
-        stream.create(KEY)
-    for stream in streams:
-        await stream.created(30)
-    sockets: list[socket.socket] = []
-    for client in clients:
-        assert client.transport is not None
-        client.transport.pause_reading()
-        sockets.append(client.transport.get_extra_info("socket"))
-        sockets[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UNREAD_BYTES_MAX)
+async def _measured(size: Size, etcd: EtcdServer, target: Target) -> Used:
+    clients: list[Unread] = []
+    while len(clients) < size.connections:
+        some = [Unread.connect(target.port) for _ in range(min(CONNECTIONS_AT_A_TIME, size.connections - len(clients)))]
+        clients += await asyncio.gather(*some)
+    await until_async(lambda: all(client.created for client in clients), "the watches", 60)
+    sockets = [client.stop() for client in clients]
+    looked_at = sockets[:: len(sockets) // LOOKED_AT]
+    assert etcd.process is not None
+    store = Target("etcd", etcd.client_port, etcd.process.pid)
 
-    def received() -> list[int]:
-        return [struct.unpack("i", fcntl.ioctl(each, termios.FIONREAD, bytes(4)))[0] for each in sockets]
+    def used() -> Used:
+        return Used(time.perf_counter(), target.cpu_each_s(), store.cpu_s(), time.process_time())
 
-    before, began, own = target.cpu_each_s(), time.perf_counter(), time.process_time()
-    async with direct(etcd) as calls:
-
-        async def write() -> None:
-            for _ in range(PUTS // AT_A_TIME):
-                await calls.put(KEY, bytes(16))
-
-        await asyncio.gather(*(write() for _ in range(AT_A_TIME)))
+    before = after = used()
+    await _write(size, etcd)
     sizes: list[int] = []
-    last, used, own_s = time.perf_counter(), before, own
-    while time.perf_counter() - last < 1.0:
-        now = received()
-        if now != sizes:
-            sizes, last = now, time.perf_counter()
-            used, own_s = target.cpu_each_s(), time.process_time()
+    while time.perf_counter() - after.took_s < 1.0 or not sizes:
+        found = [_unread_bytes(each) for each in looked_at]
+        if found != sizes:
+            sizes, after = found, used()
         await asyncio.sleep(LOOK_S)
-    assert min(sizes) > PUTS * EVENT_BYTES_MIN, "a client did not get all events"
+    counts = [await client.count() for client in clients]
+    assert set(counts) == {size.writes}, f"clients got {min(counts)} to {max(counts)} events of {size.writes}"
     for client in clients:
-        await client.close()
-    return [after - was for after, was in zip(used, before, strict=True)], last - began, own_s - own
+        client.transport.abort()
+    proxy_s = [now - was for now, was in zip(after.proxy_s, before.proxy_s, strict=True)]
+    return Used(after.took_s - before.took_s, proxy_s, after.etcd_s - before.etcd_s, after.load_s - before.load_s)
 
 
-SCENARIOS: Final[dict[str, Scenario]] = {"workers-throughput": throughput}
+async def _write(size: Size, etcd: EtcdServer) -> None:
+    """Write at the rate."""
+    writer = await connect(HOST, etcd.client_port)
+    put = rpc_pb2.PutRequest(key=KEY, value=stamped(0)).SerializeToString()
+    began = time.perf_counter()
+    for number in range(size.writes):
+        await asyncio.sleep(began + number / size.writes_s - time.perf_counter())
+        writer.call(PUT, put)
+    await writer.room(1)
+    assert not writer.failed, "etcd refused a write"
+    writer.transport.abort()
+
+
+def _unread_bytes(each: socket.socket) -> int:
+    size: int = struct.unpack("i", fcntl.ioctl(each, termios.FIONREAD, bytes(4)))[0]
+    return size
+
+
+SCENARIOS: Final[dict[str, Scenario]] = {
+    f"workers: {size.connections:,} connections": partial(_throughput, size) for size in SIZES
+}
