@@ -1,11 +1,12 @@
 """`watchmux serve`, with the settings read by a short-lived fork.
 
 Reading the command line, environment and file needs click and msgspec. The running proxy needs neither, but Python
-never unloads a module, and together they are 2.8 MiB of the 36 MiB of an idle proxy. So the fork reads the settings,
-prints errors and help, and passes the settings back through a pipe; meanwhile this process loads the modules of the
-proxy. It keeps its process id.
+never unloads a module, and together they are 2.8 MiB, a tenth of an idle proxy. So the fork reads the settings, prints
+errors and help, and passes the settings back through a pipe; meanwhile this process loads the modules of the proxy. It
+keeps its process id.
 
-On SIGHUP the settings are read in this process, which then loads those modules: a serving process must not fork.
+On SIGHUP the settings are read in this process, which then loads those modules: a serving process must not fork. They
+are read in another thread, so that the clients do not wait for it (`proxy.process.reloading`).
 """
 
 from __future__ import annotations
