@@ -249,8 +249,7 @@ class ClientConnection(asyncio.Protocol):
         if cork is not None:
             cork.cork()
         try:
-            events = self.http2.receive(data)
-            self._dispatch(joined_data(events) if len(events) > 1 else events)
+            self._dispatch(joined_data(self.http2.receive(data)))
         finally:
             self._receiving = False
             if cork is not None:

@@ -104,3 +104,4 @@ def test_the_data_of_a_stream_in_a_read_is_joined() -> None:
         *(DataReceived(one, b"abc", 4, False), DataReceived(other, b"d", 1, False), ping),
         DataReceived(one, b"e", 1, True),
     ]
+    assert joined_data(events[2:5]) == events[2:5]
