@@ -1,9 +1,10 @@
 """The floor: a minimal loop that writes the same bytes to the same sockets, to measure the cost of system calls alone.
 
 It takes the place of a proxy: one watch per range upstream, the clients of a case downstream. Per event it does one
-read, one join of prepared frame heads with the shared bytes, and one write per connection. It acknowledges each PING at
-once, but checks nothing, has no flow control, drops slow clients, and is not usable as a server; in this language on
-this event loop a real server can cost less only if its clients send fewer PINGs (`proxy/listening/late_acks.py`).
+read, one join of prepared frame heads with the shared bytes, and one write per connection. It acknowledges PINGs late,
+as watchmux does, but checks nothing, has no flow control, drops slow clients, and is not usable as a server; no real
+server can cost less in this language on this event loop.
+
 Arguments: the case, etcd's host and port, the port to listen on.
 """
 
@@ -12,13 +13,15 @@ from __future__ import annotations
 import asyncio
 import struct
 import sys
+import time
 from typing import cast
 
 import uvloop
 
-from proto.http2 import Connection, DataReceived, HeadersReceived, Http2Limits, Role
+from proto.http2 import UPDATE_AND_PING_BYTES, Connection, DataReceived, HeadersReceived, Http2Limits, Role
 from proto.pb import rpc_pb2
 from proto.scan import Header, encode_response, encode_watch_id
+from proxy.listening.late_acks import LateAcknowledgements
 from tests.bench.cases import CASES, Case
 from tests.bench.load import WATCH
 from tests.bench.profiles import ACK, DATA, HEADERS, PING, SETTINGS, WINDOW_UPDATE, frame
@@ -48,6 +51,15 @@ class Downstream(asyncio.Protocol):
         self.flush()
 
     def data_received(self, data: bytes) -> None:
+        if len(data) == UPDATE_AND_PING_BYTES:
+            self.h2.now = time.monotonic()
+            answer = self.h2.receive_update_and_ping(data)
+            if answer:
+                self.transport.write(answer)
+                return
+            if answer is not None:
+                self.floor.late.add(self, self.h2.now)
+                return
         if data[3] in (PING, SETTINGS, WINDOW_UPDATE) and self.acknowledge(data):
             return
         for event in self.h2.receive(data):
@@ -89,6 +101,10 @@ class Downstream(asyncio.Protocol):
         self.floor.followers.setdefault(index, {})[self] = None
         answer = encode_response(HEADER, watch_id, created=True)
         self.h2.send(self.h2.streams[stream], (b"\0" + struct.pack(">I", len(answer)), answer), 5 + len(answer))
+
+    def schedule_flush(self) -> None:
+        """Write late acknowledgements."""
+        self.flush()
 
     def flush(self) -> None:
         pieces = self.h2.output()
@@ -169,6 +185,7 @@ class Floor:
 
     def __init__(self) -> None:
         self.followers: dict[int, dict[Downstream, None]] = {}
+        self.late = LateAcknowledgements()
 
 
 async def run(case: Case, host: str, port: int, listen: int) -> None:
