@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import os
 import resource
 import socket
 import struct
@@ -34,6 +35,7 @@ SETTLE_S: Final = 2.0
 UNREAD_BYTES_MAX: Final = 4 * 1024 * 1024
 CONNECTIONS_AT_A_TIME: Final = 100
 LOOK_S: Final = 0.02
+BUSY_S: Final = 0.02
 LOOKED_AT: Final = 50
 """So many of the connections show when the last event has come."""
 
@@ -89,12 +91,11 @@ class Unread(wire.RawClient):
         found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UNREAD_BYTES_MAX)
         return found
 
-    async def count(self) -> int:
+    def count(self) -> int:
         """Read and count all events that the kernel has."""
         self.events = 0
-        self.transport.resume_reading()
-        unread = partial(_unread_bytes, self.transport.get_extra_info("socket"))
-        await until_async(lambda: not unread(), "the client to read what came")
+        while _unread_bytes(self.transport.get_extra_info("socket")):
+            self.data_received(os.read(self.transport.get_extra_info("socket").fileno(), UNREAD_BYTES_MAX))
         return self.events
 
 
@@ -149,12 +150,16 @@ async def _measured(size: Size, etcd: EtcdServer, target: Target) -> Used:
     before = after = used()
     await _write(size, etcd)
     sizes: list[int] = []
-    while time.perf_counter() - after.took_s < 1.0 or not sizes:
+    # On a busy machine the proxy may wait for a core while it still has events.
+    busy_at, busy_s = after.took_s, 0.0
+    while time.perf_counter() - max(busy_at, after.took_s) < 1.0 or not sizes:
         found = [_unread_bytes(each) for each in looked_at]
         if found != sizes:
             sizes, after = found, used()
+        if target.cpu_s() - busy_s > BUSY_S:
+            busy_at, busy_s = time.perf_counter(), target.cpu_s()
         await asyncio.sleep(LOOK_S)
-    counts = [await client.count() for client in clients]
+    counts = [client.count() for client in clients]
     assert set(counts) == {size.writes}, f"clients got {min(counts)} to {max(counts)} events of {size.writes}"
     for client in clients:
         client.transport.abort()
