@@ -41,7 +41,7 @@ MIB = 1 << 20
 # Of other programs: etcd, etcdctl, Kubernetes, pip, help2man, the project's own tools.
 FOREIGN_FLAGS = re.compile(
     "--(auth-token-ttl|case|client-cert-auth|cluster|docs|etcd-cafile|etcd-servers|etcd-servers-overrides|experimental"
-    "|name|no-deps|no-info|only|peer|prefix|providers|version-string)"
+    "|name|no-deps|no-info|only|peer|prefix|providers|target|version-string)"
 )
 
 

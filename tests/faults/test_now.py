@@ -116,7 +116,10 @@ async def test_a_future_watch_on_a_cold_range_is_not_compacted(etcd: EtcdServer)
         for turn in range(8):
             key = b"cold%d" % turn
             before = await store.put(b"other", b"x")
+            registered = etcd.watchers()
             stream = await client.open_watch(key, start_revision=before + 1 + turn % 2)
+            # The client has its answer before etcd has the watch.
+            await until_async(lambda count=registered: etcd.watchers() > count, "the watch at etcd")  # type: ignore[misc]
             for number in range(4):
                 last = await store.put(key, b"%d" % number)
             await store.compact(last)
