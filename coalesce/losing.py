@@ -146,7 +146,8 @@ class Losses:
     # in steps
 
     def _begin(self, owner: Source, reason: UpstreamLost | int) -> None:
-        self._state.ending[owner] = SourceEnd(reason, len(owner.watches))
+        creates = list(owner.joining) if isinstance(owner, Trunk) else []
+        self._state.ending[owner] = SourceEnd(reason, len(owner.watches), creates)
         self._go_on(owner, self._state.limits.step_watches_max)
 
     def expire(self) -> None:
@@ -160,7 +161,7 @@ class Losses:
         """Examine up to `left` watches of a source that ends; return how many others may be examined in this step."""
         end = self._state.ending[source]
         if isinstance(end.reason, UpstreamLost):
-            return self._end_sessions(source, end.reason, left)
+            return self._end_sessions(source, end.reason, end.creates, left)
         examined = list(islice(source.watches, min(end.left, left)))
         for watch in examined:
             if watch.next_revision < end.reason and not (source is watch.trunk and _on_backfill(watch)):
@@ -193,7 +194,7 @@ class Losses:
         self._trunks.reopen(source, compact_revision)
         self._placement.place(survivors)
 
-    def _end_sessions(self, source: Source, reason: UpstreamLost, left: int) -> int:
+    def _end_sessions(self, source: Source, reason: UpstreamLost, creates: list[PendingCreate], left: int) -> int:
         """End sessions and creates that depend on a lost source; return what is left of `left`."""
         for watch in list(islice(source.watches, left)):
             left = self._end_session_of(watch, reason, left)
@@ -210,18 +211,26 @@ class Losses:
                     left = self._end_session_of(watch, reason, left)
                 if left <= 0:
                     return 0
-        for create in list(islice(trunk.joining, left)) if source is trunk else ():
-            left = self._refuse(create, reason, left)
+        while creates:
+            left = self._refuse(creates.pop(), reason, left)
             if left <= 0:
                 return 0
-        if source.watches or (source is trunk and trunk.joining) or (source is trunk.upgrade and trunk.prev_kv_watches):
+        if source.watches or (source is trunk.upgrade and trunk.prev_kv_watches):
             return left
         self._state.ending.pop(source, None)
         if source is trunk:
+            # Creates that came since: their tokens may be valid.
+            self._prepare_again(trunk)
             self._trunks.remove(trunk, gone=True)
         elif isinstance(source, Backfill) and source in self._state.backfills:
             self._placement.close(source, gone=True)
         return left
+
+    def _prepare_again(self, trunk: Trunk) -> None:
+        """Let the creates that wait for a trunk which is removed get another one."""
+        for create in tuple(trunk.joining):
+            self._trunks.release(create)
+            self._state.to_prepare[create] = None
 
     def _end_session_of(self, watch: Watch, reason: UpstreamLost, left: int) -> int:
         """End a watch and its session, whose other watches follow; return what is left of `left`."""
@@ -235,7 +244,7 @@ class Losses:
 
     def _refuse(self, create: PendingCreate, reason: UpstreamLost, left: int) -> int:
         """Refuse a create that waits for a lost trunk, or end its session; return what is left of `left`."""
-        if create.session.ended:
+        if create.session.ended or create.trunk is None:
             return left
         if reason.status in _ENDS_OF_STREAMS:
             self._cancellation.end(create.session, reason.status, reason.text)
@@ -255,9 +264,7 @@ class Losses:
         cover.retired = True
         cover.opening = False
         cover.awaited = False
-        for create in tuple(cover.joining):
-            self._trunks.release(create)
-            state.to_prepare[create] = None
+        self._prepare_again(cover)
         if cover.watches:
             state.lingers.stop(cover)
             state.end_run(cover)

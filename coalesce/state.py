@@ -38,6 +38,8 @@ class SourceEnd:
     # Its upstream watch is lost, or compacted at this revision.
     reason: UpstreamLost | int
     left: int
+    # The creates that waited for it when it was lost; later ones get another trunk.
+    creates: list[PendingCreate]
 
 
 class CoreState:

@@ -102,9 +102,27 @@ def test_a_lost_upstream_watch_ends_many_sessions_in_steps() -> None:
     lowered = in_steps(shell, lambda: shell.core.stats.sessions, lambda: shell.bookmark(kept, 6))
     assert max(lowered) == 1
     assert {client.ended for client in clients} == {(UNAVAILABLE, "gone")}
-    assert waiting.ended == (UNAVAILABLE, "gone")
+    # It came later, and has another upstream watch.
+    assert [line.split()[2] for line in waiting.read()] == ["created"]
     assert other.ended is None
-    assert (shell.core.stats.watches, shell.core.stats.trunks) == (1, 1)
+    assert (shell.core.stats.watches, shell.core.stats.trunks) == (2, 2)
+
+
+def test_a_create_that_comes_while_sessions_end_is_not_lost() -> None:
+    """Its token may be valid, and that of the lost upstream watch was refused."""
+    shell = Shell(LIMITS)
+    trunk = shell.trunk(5, shell.client(b"old"))
+    for _ in range(20):
+        shell.client(b"old").create(start=6)
+    fresh = shell.client(b"new")
+    shell.do(shell.core.upstream_lost, trunk, UpstreamLost(16, "etcdserver: invalid auth token"))
+    fresh.create(start=6)
+    in_steps(shell, lambda: shell.core.stats.watches)
+    assert shell.core.stats.watches == 0
+    assert fresh.ended is None
+    assert shell.opened[-1].token == b"new"
+    shell.created(shell.opened[-1], 5)
+    assert fresh.read() == ["#0 @5 created"]
 
 
 def test_a_lost_upgrade_ends_many_watches_with_prev_kv_in_steps() -> None:
