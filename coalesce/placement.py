@@ -134,7 +134,7 @@ class Placement:
             self.upgrade(trunk)
         backfill = self._shared(watch)
         if backfill is None:
-            spared = [each for each in trunk.backfills if self._is_superseded(each, watch)]
+            spared = self._superseded_by(watch)
             if not spared and state.stats.backfills >= state.limits.backfills_max:
                 self.detach(watch)
                 watch.place = Place.QUEUED
@@ -250,7 +250,6 @@ class Placement:
 
     def _take_over(self, other: Backfill, backfill: Backfill) -> None:
         """Move the watches of one backfill to an older one; the last of them closes it."""
-        self.left = max(0, self.left - len(other.watches))
         for watch in tuple(other.watches):
             self.unplace(watch)
             self._attach(watch, backfill)
@@ -360,6 +359,15 @@ class Placement:
             return position >= floor
         return floor <= position <= backfill.next_revision + self._state.limits.backfill_share_revisions
 
+    def _superseded_by(self, watch: Watch) -> list[Backfill]:
+        """Return the backfills that an older one, opened for `watch`, replaces; a step has room for their watches."""
+        found, left = [], self._state.limits.step_watches_max
+        for backfill in watch.trunk.backfills:
+            if len(backfill.watches) <= left and self._is_superseded(backfill, watch):
+                left -= len(backfill.watches)
+                found.append(backfill)
+        return found
+
     def _is_superseded(self, backfill: Backfill, watch: Watch) -> bool:
         """Whether an older backfill, opened for `watch`, makes this one redundant.
 
@@ -371,9 +379,6 @@ class Placement:
         if backfill.next_revision != backfill.upstream.start_revision or (has_prev_kv and not watch.wants_prev_kv):
             return False
         furthest = watch.position + self._state.limits.backfill_share_revisions
-        if len(backfill.watches) > self.left:
-            # To move them exceeds this step.
-            return False
         if not watch.position < backfill.next_revision <= furthest:
             return False
         return all(each.place is not Place.LAGGING and each.position <= furthest for each in backfill.watches)
