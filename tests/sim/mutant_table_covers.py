@@ -59,7 +59,7 @@ COVER_MUTANTS: tuple[Mutant, ...] = (
     # Covers that come and go.
     Mutant("a removed cover keeps its watches", "moving", "if trunk.retired:", "if False:"),
     Mutant("a refused cover is tried again at once", "losing", "state.now + COVER_RETRY_S", "state.now"),
-    Mutant("creates of a refused cover are forgotten", "losing", "state.to_prepare[create] = None", "pass"),
+    Mutant("creates of a refused cover are forgotten", "losing", "self._state.to_prepare[create] = None", "pass"),
     Mutant(
         "a cover uses the tokens of clients",
         "cover",
