@@ -219,7 +219,7 @@ class SimSession:
     stalled_input: int = 0
     stalled_at: float = 0.0
     stalled_ids: tuple[int, ...] = ()
-    # The watches whose events it has returned since, with their trunk, and during which input it did so last.
+    # The watches whose events it has returned since, with their source, and during which input it did so last.
     returned: dict[tuple[Any, Any], int] = field(default_factory=dict)
     ended: tuple[int, str] | None = None
     # The client is gone: nothing more may be sent.
@@ -337,11 +337,11 @@ class SimSession:
         if self.stalled_input < this_input:
             if not payload.event_count:
                 raise SimulationFailure("progress for a session that had stalled before")
-            if self.returned.get((watch, watch.trunk), this_input) < this_input:
+            if self.returned.get((watch, watch.source), this_input) < this_input:
                 raise SimulationFailure("a second delivery to a watch of a stalled session")
         if payload.event_count:
-            # Progress that is returned leaves a watch in its place; a move to another trunk may put it in step again.
-            self.returned[watch, watch.trunk] = this_input
+            # Progress that is returned leaves a watch in its place; a move to another source may put it in step again.
+            self.returned[watch, watch.source] = this_input
 
     def write(self, messages: tuple[bytes, ...]) -> bool:
         """Queue messages for the client; False when they do not fit in its window (they are queued all the same)."""
