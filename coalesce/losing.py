@@ -322,6 +322,9 @@ class Losses:
             # Also drops the groups' sent revisions: events at or below them may be sent again.
             trunk.groups.clear()
             self._trunks.reopen(trunk, next_revision)
+        elif trunk.upstream.closed:
+            # It was lost before the restore, and its creates were not all refused yet.
+            self._trunks.reopen(trunk, next_revision)
         self._placement.place(watches)
 
     def _lift_all(self, watches: Iterable[Watch]) -> None:

@@ -220,6 +220,9 @@ class CoverMover:
                 trunk = self._trunks.open(branch.span, cover.next_revision, watch.wants_prev_kv)
                 # It may be below another cover.
                 self._to_examine.append(trunk)
+            elif not trunk.is_used:
+                # It lingers, since its watches have moved to a cover, which may be one that contains this one.
+                self._to_examine.append(trunk)
             self._move_watch(watch, trunk)
             moved += 1
         if not cover.watches and not cover.joining:

@@ -233,3 +233,24 @@ def test_parked_histories_are_dropped_in_steps_after_a_restore() -> None:
     # Its history was the old one's.
     shell.read_now(3)
     assert shell.opened[-1].start_revision == 4
+
+
+def test_a_restore_reopens_what_was_lost_before_it_opened() -> None:
+    """Creates that wait for a lost range end in steps; those left when the store was restored go on."""
+    shell = Shell(LIMITS)
+    clients = [shell.client() for _ in range(25)]
+    for client in clients:
+        client.create()
+    [lost] = shell.opened
+    shell.do(shell.core.upstream_lost, lost, UpstreamLost(UNAVAILABLE, "gone"))
+    shell.do(shell.core.other_history, header(20))
+    shell.core.check()
+    in_steps(shell, lambda: shell.core.stats.watches)
+    again = shell.opened[-1]
+    assert (again is not lost, again.closed) == (True, False)
+    late = shell.client()
+    late.create()
+    shell.created(again, 25)
+    while shell.reads:
+        shell.read_now(25)
+    assert late.read() == ["#0 @25 created"]

@@ -57,6 +57,12 @@ def test_nothing_is_delivered_to_a_session_that_has_just_ended() -> None:
     assert not outcome.failure, report(outcome)
 
 
+def test_a_trunk_used_again_moves_to_the_wider_cover() -> None:
+    """Its watches had moved there when etcd refused the longer cover, which had one more watch of the range."""
+    outcome = run(81392)
+    assert not outcome.failure, report(outcome)
+
+
 @pytest.mark.parametrize("seed", [30301, 36683, 37598, 37662, 77655])
 def test_what_is_under_way_is_not_judged(seed: int) -> None:
     """Two ticks of etcd without time in between; a cover opened again at the end; a stalled watch that moves."""
