@@ -251,6 +251,9 @@ def test_a_restore_reopens_what_was_lost_before_it_opened() -> None:
     late = shell.client()
     late.create()
     shell.created(again, 25)
+    shell.read_now(25)
+    in_steps(shell, lambda: shell.core.stats.watches)
     while shell.reads:
         shell.read_now(25)
+        in_steps(shell, lambda: shell.core.stats.watches)
     assert late.read() == ["#0 @25 created"]
