@@ -8,25 +8,45 @@ after a quiet time is never delayed.
 from __future__ import annotations
 
 import asyncio
-from itertools import groupby
+from typing import Final
 
 from proto.http2 import DataReceived, Event, Stream
 
+JOINED_DATA_BYTES_MAX: Final = 16 * 1024
+"""Data is joined up to what one frame carries: what passes on answers in bounded turns counts on parts of that size."""
+
 
 def joined_data(events: list[Event]) -> list[Event]:
-    """Join the data of a stream that several frames in succession brought: its handler takes it at once."""
+    """Join the data of a stream that several small frames in succession brought: its handler takes it at once."""
     if not _has_runs(events):
         return events
     result: list[Event] = []
-    for stream, group in groupby(events, _stream_of_data):
-        found = list(group)
-        if stream is None or len(found) == 1:
-            result += found
+    run: list[DataReceived] = []
+    left = 0
+    for event in events:
+        if not isinstance(event, DataReceived):
+            _end_run(run, result)
+            result.append(event)
             continue
-        parts = [event for event in found if isinstance(event, DataReceived)]
-        data = b"".join([part.data for part in parts])
-        result.append(DataReceived(stream, data, sum([part.flow_size for part in parts]), parts[-1].end_stream))
+        if run and (event.stream is not run[0].stream or len(event.data) > left):
+            _end_run(run, result)
+        if not run:
+            left = JOINED_DATA_BYTES_MAX
+        run.append(event)
+        left -= len(event.data)
+    _end_run(run, result)
     return result
+
+
+def _end_run(run: list[DataReceived], result: list[Event]) -> None:
+    """Append the data of a run as one event."""
+    if len(run) > 1:
+        last = run[-1]
+        data = b"".join([part.data for part in run])
+        result.append(DataReceived(last.stream, data, sum([part.flow_size for part in run]), last.end_stream))
+    else:
+        result += run
+    run.clear()
 
 
 def _has_runs(events: list[Event]) -> bool:
@@ -40,10 +60,6 @@ def _has_runs(events: list[Event]) -> bool:
         else:
             before = event.stream
     return False
-
-
-def _stream_of_data(event: Event) -> Stream | None:
-    return event.stream if isinstance(event, DataReceived) else None
 
 
 class EventBatches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -13,7 +14,7 @@ from tests.upstream.recorder import Recorder, watching
 from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
 from tests.upstream.stories import Opened, request
 from tests.waiting import until_async
-from upstream.batching import joined_data
+from upstream.batching import JOINED_DATA_BYTES_MAX, joined_data
 from upstream.connection import ClientConnection
 from upstream.settings import HUB_BATCH_INTERVAL_S, ConnectionSettings, UpstreamSettings
 from upstream.watching.client import WatchClient
@@ -105,3 +106,14 @@ def test_the_data_of_a_stream_in_a_read_is_joined() -> None:
         DataReceived(one, b"e", 1, True),
     ]
     assert joined_data(events[2:5]) == events[2:5]
+
+
+def test_joined_data_is_as_large_as_one_frame_at_most() -> None:
+    """A call passes on what it gets at once, and the turns of shared answers are bounded to about a frame."""
+    stream = Stream(1, 0, 0)
+    full = DataReceived(stream, bytes(JOINED_DATA_BYTES_MAX), JOINED_DATA_BYTES_MAX, False)
+    assert joined_data([full] * 16) == [full] * 16
+    small = DataReceived(stream, bytes(JOINED_DATA_BYTES_MAX - 1), JOINED_DATA_BYTES_MAX - 1, False)
+    byte = DataReceived(stream, b"\0", 1, False)
+    end = DataReceived(stream, b"", 0, True)
+    assert joined_data([small, byte, byte, full, end]) == [full, byte, replace(full, end_stream=True)]
