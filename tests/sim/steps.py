@@ -459,7 +459,8 @@ def freeze(world: World, rng: random.Random) -> None:
     if client is not None and client.session is not None:
         client.session.window = rng.choice((1, 100))
         isolate(world, rng, client)
-        client.session.window = client.window
+        if client.session is not None:
+            client.session.window = client.window
 
 
 @_action(2)

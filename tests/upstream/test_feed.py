@@ -130,6 +130,32 @@ def test_what_follows_in_the_same_bytes_does_not_overtake() -> None:
     assert [each.events[0].revision for each in steps if each.watch_id == 1][:2] == [7, 8]
 
 
+def test_answers_to_creates_keep_their_order() -> None:
+    """A create has no other mark in its answer: the first answer is that of the first create, refused or not."""
+    feed = ResponseOrder(scan_watch_response, 1 << 30)
+    refused, created = message(-1, [], created=True), message(2, [], created=True)
+    got = feed.feed(b"".join(map(frame, [message(1, [7]), message(-1, []), refused, created])))
+    held = iter((True, False, False))
+    assert [(each.watch_id, each.created) for each in feed.pass_on(got, lambda _: next(held))] == [
+        (-1, True),
+        (2, True),
+    ]
+    # While a backfill is paused, everything is held back.
+    assert list(feed.pass_on(feed.feed(frame(message(3, [], created=True))), lambda _: True)) == []
+    assert feed.feed(frame(refused) + frame(message(4, [], created=True))) == []
+    steps = []
+    while feed.behind:
+        steps += feed.step()
+    assert [(each.watch_id, each.created) for each in steps] == [
+        (1, False),
+        (-1, False),
+        (3, True),
+        (-1, True),
+        (4, True),
+    ]
+    assert len(feed.feed(frame(created))) == 1
+
+
 def test_a_piece_is_read_in_a_bounded_turn() -> None:
     feed = ResponseOrder(scan_watch_response, 1 << 30)
     feed.feed(frame(message(1, range(1, 20_000))))

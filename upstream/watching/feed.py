@@ -162,6 +162,7 @@ class ResponseOrder:
     __slots__ = (
         "_buffer",
         "_coming",
+        "_creates_waiting",
         "_event_bytes_max",
         "_large",
         "_need",
@@ -191,6 +192,8 @@ class ResponseOrder:
         self._large: list[LargeMessage] = []
         self._waiting_ids: dict[int, int] = {}
         self._waiting_bytes = 0
+        # Answers to creates among them: these have the order of the creates, which have no other mark.
+        self._creates_waiting = 0
 
     @property
     def behind(self) -> bool:
@@ -266,8 +269,12 @@ class ResponseOrder:
     def passes(self, response: WatchResponse) -> bool:
         """Return whether to handle a response now although others are `waiting`; if not, it is queued."""
         watch_id = response.watch_id
-        same = watch_id in self._waiting_ids or any(each.watch_id == watch_id for each in self._large)
-        waits = same if watch_id >= 0 else not response.created
+        if response.created and self._creates_waiting:
+            waits = True
+        elif watch_id >= 0:
+            waits = watch_id in self._waiting_ids or any(each.watch_id == watch_id for each in self._large)
+        else:
+            waits = not response.created
         if waits:
             self.waiting.append(response)
             self._new += 1
@@ -284,11 +291,14 @@ class ResponseOrder:
         """
         held: list[WatchResponse] = []
         ids: set[int] = set()
+        holds_creates = False
         for response in responses:
             watch_id = response.watch_id
-            if watch_id in ids or (ids and watch_id < 0 and not response.created) or waits(response):
+            must_wait = watch_id in ids if watch_id >= 0 else bool(held) and not response.created
+            if must_wait or (response.created and holds_creates) or waits(response):
                 held.append(response)
                 ids.add(watch_id)
+                holds_creates = holds_creates or response.created
             else:
                 yield response
         waiting = self.waiting
@@ -300,6 +310,7 @@ class ResponseOrder:
 
     def _count(self, response: WatchResponse) -> None:
         """Count a response that waits."""
+        self._creates_waiting += response.created
         self._waiting_ids[response.watch_id] = self._waiting_ids.get(response.watch_id, 0) + 1
         self._waiting_bytes += _bytes_of(response)
 
@@ -307,6 +318,7 @@ class ResponseOrder:
         """Take the first of those that wait, a whole response, from the queue."""
         response = self.waiting.popleft()
         assert isinstance(response, WatchResponse), "it is not a large one"
+        self._creates_waiting -= response.created
         self._waiting_ids[response.watch_id] -= 1
         if not self._waiting_ids[response.watch_id]:
             del self._waiting_ids[response.watch_id]
