@@ -24,14 +24,14 @@ PARTS_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "an event overtakes one that is held back",
         _FEED,
-        "if watch_id in ids or (ids and watch_id < 0 and not response.created) or waits(response):",
-        "if (ids and watch_id < 0 and not response.created) or waits(response):",
+        "must_wait = watch_id in ids if watch_id >= 0 else ",
+        "must_wait = False if watch_id >= 0 else ",
     ),
     Mutant(
         "an answer to a progress request overtakes what is held back",
         _FEED,
-        "if watch_id in ids or (ids and watch_id < 0 and not response.created) or waits(response):",
-        "if watch_id in ids or waits(response):",
+        "else bool(held) and not response.created",
+        "else False",
     ),
     Mutant(
         "what is held back follows what came after it",

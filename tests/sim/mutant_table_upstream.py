@@ -82,8 +82,8 @@ CLIENT_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "progress overtakes the events that it speaks of",
         _FEED,
-        "waits = same if watch_id >= 0 else not response.created",
-        "waits = same if watch_id >= 0 else False",
+        "waits = not response.created",
+        "waits = False",
     ),
     Mutant(
         "events overtake a large response for the same watch",
@@ -94,8 +94,8 @@ CLIENT_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "events overtake a response of the same watch that is held back",
         _FEED,
-        "same = watch_id in self._waiting_ids or ",
-        "same = ",
+        "waits = watch_id in self._waiting_ids or ",
+        "waits = ",
     ),
     Mutant(
         "created is reported at each connection",
