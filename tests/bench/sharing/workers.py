@@ -48,7 +48,7 @@ class Size(NamedTuple):
     writes_s: float
 
 
-SIZES: Final = (Size(4000, 1000, 500), Size(8000, 500, 300))
+SIZES: Final = (Size(4000, 2000, 1500), Size(8000, 1000, 750))
 
 
 class Unread(wire.RawClient):
