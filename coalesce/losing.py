@@ -321,9 +321,8 @@ class Losses:
             trunk.start_over(next_revision)
             # Also drops the groups' sent revisions: events at or below them may be sent again.
             trunk.groups.clear()
-            self._trunks.reopen(trunk, next_revision)
-        elif trunk.upstream.closed:
-            # It was lost before the restore, and its creates were not all refused yet.
+        if trunk.upstream.closed:
+            # Also one that opens from now, if it was lost before the restore and not all its creates were refused yet.
             self._trunks.reopen(trunk, next_revision)
         self._placement.place(watches)
 

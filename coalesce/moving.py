@@ -218,10 +218,8 @@ class CoverMover:
                         moved += 1
                     break
                 trunk = self._trunks.open(branch.span, cover.next_revision, watch.wants_prev_kv)
-                # It may be below another cover.
-                self._to_examine.append(trunk)
-            elif not trunk.is_used:
-                # It lingers, since its watches have moved to a cover, which may be one that contains this one.
+            if not trunk.is_used:
+                # A new trunk, or one that lingers since its watches have moved away: it may be below another cover.
                 self._to_examine.append(trunk)
             self._move_watch(watch, trunk)
             moved += 1

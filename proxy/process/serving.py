@@ -245,12 +245,8 @@ class _SettingsApplier:
         logs.configure(settings.log.log_level, settings.log.log_format)
         self._configured = settings
         self._use()
-        wanted = _endpoints(settings)
-        if settings.upstream.discovery_srv:
-            # Those from DNS do not change.
-            wanted = wanted._replace(calls=self._decision.in_force.calls)
         self.stop()
-        self._decision.want(wanted)
+        self._decision.want(wanted_endpoints(settings, self._decision.in_force))
         if (pending := self._decision.pending) is not None and self._decides:
             self._examining = asyncio.get_running_loop().create_task(self._examine(pending))
         elif pending is not None:
@@ -294,6 +290,12 @@ def report_endpoints(endpoints: EndpointLists, problem: str) -> None:
         log.error("new endpoints rejected; keeping the old ones", **fields, problem=problem)
     else:
         log.info("endpoints updated", **fields)
+
+
+def wanted_endpoints(settings: Settings, in_force: EndpointLists) -> EndpointLists:
+    """Return the endpoints that are configured; those from DNS do not change."""
+    wanted = _endpoints(settings)
+    return wanted._replace(calls=in_force.calls) if settings.upstream.discovery_srv else wanted
 
 
 def _endpoints(settings: Settings) -> EndpointLists:

@@ -449,10 +449,7 @@ class _Supervisor:
         self._state.drain_s = settings.listener.drain_s
         logs.configure(settings.log.log_level, settings.log.log_format)
         self._pass_on()
-        upstream = settings.upstream
-        # Those from DNS do not change.
-        calls = self._decision.in_force.calls if upstream.discovery_srv else upstream.endpoints
-        self._decision.want(EndpointLists(calls, upstream.watch_endpoints))
+        self._decision.want(serving.wanted_endpoints(settings, self._decision.in_force))
         self._examine()
 
     def _pass_on(self) -> None:

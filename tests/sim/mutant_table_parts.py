@@ -24,14 +24,14 @@ PARTS_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "an event overtakes one that is held back",
         _FEED,
-        "must_wait = watch_id in ids if watch_id >= 0 else ",
-        "must_wait = False if watch_id >= 0 else ",
+        "same=response.watch_id in ids",
+        "same=False",
     ),
     Mutant(
         "an answer to a progress request overtakes what is held back",
         _FEED,
-        "else bool(held) and not response.created",
-        "else False",
+        "overtakes = bool(held) and ",
+        "overtakes = bool(held) and response.watch_id >= 0 and ",
     ),
     Mutant(
         "what is held back follows what came after it",

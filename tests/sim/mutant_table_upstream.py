@@ -82,8 +82,8 @@ CLIENT_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "progress overtakes the events that it speaks of",
         _FEED,
-        "waits = not response.created",
-        "waits = False",
+        "waits = _must_wait(",
+        "waits = response.watch_id >= 0 and _must_wait(",
     ),
     Mutant(
         "events overtake a large response for the same watch",
@@ -94,8 +94,8 @@ CLIENT_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "events overtake a response of the same watch that is held back",
         _FEED,
-        "waits = watch_id in self._waiting_ids or ",
-        "waits = ",
+        "same = watch_id in self._waiting_ids or ",
+        "same = ",
     ),
     Mutant(
         "created is reported at each connection",

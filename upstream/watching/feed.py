@@ -50,6 +50,16 @@ def joined(responses: list[WatchResponse], clients: Callable[[int], int]) -> lis
     return result
 
 
+def _must_wait(response: WatchResponse, *, same: bool, creates: bool) -> bool:
+    """Return whether a response must not overtake those that wait.
+
+    `same`: some are of its watch. `creates`: some answer creates; the first answer is that of the first create.
+    """
+    if response.created and creates:
+        return True
+    return same if response.watch_id >= 0 else not response.created
+
+
 def _room(response: WatchResponse, clients: Callable[[int], int]) -> int:
     """Return the bytes of events that may be joined to a response."""
     count = clients(response.watch_id) if response.plain else 0
@@ -269,12 +279,8 @@ class ResponseOrder:
     def passes(self, response: WatchResponse) -> bool:
         """Return whether to handle a response now although others are `waiting`; if not, it is queued."""
         watch_id = response.watch_id
-        if response.created and self._creates_waiting:
-            waits = True
-        elif watch_id >= 0:
-            waits = watch_id in self._waiting_ids or any(each.watch_id == watch_id for each in self._large)
-        else:
-            waits = not response.created
+        same = watch_id in self._waiting_ids or any(each.watch_id == watch_id for each in self._large)
+        waits = _must_wait(response, same=same, creates=self._creates_waiting > 0)
         if waits:
             self.waiting.append(response)
             self._new += 1
@@ -293,11 +299,10 @@ class ResponseOrder:
         ids: set[int] = set()
         holds_creates = False
         for response in responses:
-            watch_id = response.watch_id
-            must_wait = watch_id in ids if watch_id >= 0 else bool(held) and not response.created
-            if must_wait or (response.created and holds_creates) or waits(response):
+            overtakes = bool(held) and _must_wait(response, same=response.watch_id in ids, creates=holds_creates)
+            if overtakes or waits(response):
                 held.append(response)
-                ids.add(watch_id)
+                ids.add(response.watch_id)
                 holds_creates = holds_creates or response.created
             else:
                 yield response

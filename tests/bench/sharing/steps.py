@@ -170,14 +170,20 @@ def is_answered(own: bool) -> Steps:
     return steps
 
 
-def backfill_event(stalled: bool) -> Steps:
-    """An event for the watches of one backfill; `stalled`: the second one, after their client has stopped reading."""
+def _on_a_backfill() -> tuple[Many, Session]:
+    """Return a core with a trunk of one watch and a backfill for all watches of another session."""
     many = Many(0)
     many.create(many.sessions[0], b"k", START)
     session = many.core.open_session(object(), Identity(), 0.0)
     for _ in range(WATCHES):
         many.create(session, b"k", 10)
     many.go_on()
+    return many, session
+
+
+def backfill_event(stalled: bool) -> Steps:
+    """An event for the watches of one backfill; `stalled`: the second one, after their client has stopped reading."""
+    many, session = _on_a_backfill()
     backfill = many.opened[-1]
     assert len(many.opened) == 2
     many.carry_out(many.core.upstream_response(backfill, created(START), many.now))
@@ -194,12 +200,7 @@ def backfill_event(stalled: bool) -> Steps:
 def older_start(own: bool) -> Steps:
     """A create from an older revision opens a backfill that takes over the watches of another one."""
     del own
-    many = Many(0)
-    many.create(many.sessions[0], b"k", START)
-    session = many.core.open_session(object(), Identity(), 0.0)
-    for _ in range(WATCHES):
-        many.create(session, b"k", 10)
-    many.go_on()
+    many, session = _on_a_backfill()
     steps = Steps()
     [check] = steps(many.core.create, session, CreateRequest(b"k", b"", 9), many.now)
     return many.measure(many.core.permission, check.check, None)

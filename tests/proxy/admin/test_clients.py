@@ -68,7 +68,7 @@ async def test_a_client_is_listed_with_what_it_does(etcd: EtcdServer) -> None:
 
 
 async def test_the_list_is_made_over_several_turns(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that leaves meanwhile is no error."""
+    """A client that leaves meanwhile is not an error."""
     monkeypatch.setattr(clients, "PART", 2)
     monkeypatch.setattr(clients, "VIEWS_PART", 1)
     async with proxy_for(etcd) as proxy:

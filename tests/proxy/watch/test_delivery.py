@@ -168,9 +168,9 @@ async def test_a_stall_inside_a_large_group() -> None:
     later = payload_of(b"z")
     rig.script("upstream_response", Deliver(later, watches))
     rig.engine.received(TRUNK, SPOKEN)
-    told = [entry for entry in rig.core.inputs if entry[0] in ("stalled", "undelivered")]
-    assert told[0] == ("stalled", first.session)
-    assert told[1:] == [("undelivered", first, later), ("undelivered", second, later)]
+    reported = [entry for entry in rig.core.inputs if entry[0] in ("stalled", "undelivered")]
+    assert reported[0] == ("stalled", first.session)
+    assert reported[1:] == [("undelivered", first, later), ("undelivered", second, later)]
     assert slow.sent == [b"0:y", b"7:y"]
 
 
