@@ -161,16 +161,17 @@ class Proxy:
             self._ids,
             are_proxies=bool(self.watch_endpoints),
             problems=problems,
+            cork=self.listener,
+            on_problem=self._upstream_changed,
+            cluster_id=settings.cluster_id,
         )
-        self.upstream.cluster_id = settings.cluster_id
-        self.pool.cork = self.upstream.cork = self.listener
+        self.pool.cork = self.listener
         self.engine.attach(self.upstream)
         self.engine.upstream_changed = self._watches_changed
         self.watches = watch_service.WatchService(self.engine, settings.watch)
         self.engine.failed = self.watches.end_all
         self.passthrough, refusal = self._make_passthrough()
         self.http1 = Http1(self._http1_endpoint, tls, refusal=refusal)
-        self.upstream.on_problem = self._upstream_changed
         self.probe = SelfProbe(self.listener, self.engine, self.health, settings.probe_interval_s)
         if settings.upstream_cert:
             from proxy.auth.cn_guard import CommonNameGuard

@@ -152,7 +152,6 @@ class Dialer:
         tls: ssl.SSLContext | None,
         settings: UpstreamSettings,
         problems: EndpointProblems,
-        on_failure: Callable[[], None],
         ids: RouteIds | None = None,
         *,
         are_proxies: bool = False,
@@ -166,8 +165,6 @@ class Dialer:
         self._tls = tls
         self._settings = settings
         self._problems = problems
-        # Called after each failed attempt.
-        self._on_failure = on_failure
         # Targets in the order of attempts: the one that worked last is first.
         self._order = list(self.targets)
         # Attempts and connections that ended at a limit, by its name.
@@ -191,6 +188,20 @@ class Dialer:
         known = sorted((target for target in self.targets if target.route), key=lambda target: not target.loop)
         return (known[0].endpoint.text, *known[0].route) if known else ()
 
+    @property
+    def loop(self) -> str:
+        """The problem of proxies that take their watches from each other; "" when there is none."""
+        found = next((target for target in self.targets if target.loop), None)
+        if found is None:
+            return ""
+        flag = "--watch-endpoints" if found.is_proxy else "--endpoints"
+        return f"watchmux: watches lead back to this proxy, in a loop: {found.loop}; check {flag}"
+
+    @property
+    def looping(self) -> list[str]:
+        """The endpoints at which calls lead back to this proxy, as far as searches have found them."""
+        return [each.endpoint.text for each in self.targets if each.loop and not each.is_proxy]
+
     async def examine(self, endpoints: Sequence[Endpoint], cluster_id: int, *, are_proxies: bool) -> Examined:
         """Try each endpoint once; those that do not answer are left out. `cluster_id`: the watched one; 0: any."""
         loop = asyncio.get_running_loop()
@@ -205,20 +216,25 @@ class Dialer:
         loops = [str(answer) for answer in answers if isinstance(answer, LoopOfProxies)]
         return Examined(next(iter(loops), ""), next(iter(foreign), ""))
 
-    async def dial(self, accept: Callable[[Server], bool]) -> Server:
-        """Try all endpoints concurrently, each repeatedly with backoff, until `accept` is true for a server."""
+    async def dial(self, accept: Callable[[Server], bool], on_failure: Callable[[], None]) -> Server:
+        """Try all endpoints concurrently, each repeatedly with backoff, until `accept` is true for a server.
+
+        `on_failure` is called after each failed attempt.
+        """
         while True:
-            winner = await self._search(accept)
+            winner = await self._search(accept, on_failure)
             if winner is not None and winner.target in self.targets:
                 self.prefer(winner.target)
                 return winner
             if winner is not None:
                 winner.connection.close()
 
-    async def dial_unless(self, accept: Callable[[Server], bool], *events: asyncio.Event) -> Server | None:
+    async def dial_unless(
+        self, accept: Callable[[Server], bool], on_failure: Callable[[], None], *events: asyncio.Event
+    ) -> Server | None:
         """Search as `dial` does; None when one of the events is set before."""
         loop = asyncio.get_running_loop()
-        search = loop.create_task(self.dial(accept))
+        search = loop.create_task(self.dial(accept, on_failure))
         change = loop.create_task(any_of(*events))
         try:
             await asyncio.wait((search, change), return_when=asyncio.FIRST_COMPLETED)
@@ -228,12 +244,15 @@ class Dialer:
             search.cancel()
             await asyncio.gather(change, search, return_exceptions=True)
 
-    async def _search(self, accept: Callable[[Server], bool]) -> Server | None:
+    async def _search(self, accept: Callable[[Server], bool], on_failure: Callable[[], None]) -> Server | None:
         """Search as `dial` does; None when the endpoints change before."""
         loop = asyncio.get_running_loop()
         for target in self.targets:
             target.tried = False
-        tasks = [loop.create_task(self._attempts(target, rank, accept)) for rank, target in enumerate(self._order)]
+        tasks = [
+            loop.create_task(self._attempts(target, rank, accept, on_failure))
+            for rank, target in enumerate(self._order)
+        ]
         changed = loop.create_task(self.changed.wait())
         winner: Server | None = None
         try:
@@ -274,7 +293,9 @@ class Dialer:
         finally:
             _close_found(tasks, winner)
 
-    async def _attempts(self, target: Target, rank: int, accept: Callable[[Server], bool]) -> Server:
+    async def _attempts(
+        self, target: Target, rank: int, accept: Callable[[Server], bool], on_failure: Callable[[], None]
+    ) -> Server:
         loop = asyncio.get_running_loop()
         delay_s = rank * self._settings.stagger_s
         while True:
@@ -296,7 +317,7 @@ class Dialer:
                 self.problem(
                     target, f"{target.endpoint.text}: it has no leader; check the other members of the cluster"
                 )
-            self._on_failure()
+            on_failure()
 
     async def attempt(self, target: Target) -> Server:
         """Connect to an endpoint and read the server's status. Raises Unreachable."""

@@ -28,8 +28,8 @@ from proxy.listening.listener import Listener
 from proxy.watch.unusual import create_request
 from tests.bench.profiles import GrpcGo, frame, settings, window_update
 from tests.bench.wire import PREFACE, message_frame
-from upstream.watching.client import WatchClient
 from upstream.watching.state import WatchState
+from upstream.watching.stream_calls import StreamCalls
 
 TIMES = 20_000
 RUNS = 7
@@ -86,15 +86,15 @@ def placing() -> Lane:
     registration = SimpleNamespace(next_revision=REVISION, watch=object())
     stream: Any = SimpleNamespace(by_id={7: registration}, held={})
     state = WatchState()
-    client: Any = SimpleNamespace(_listener=SimpleNamespace(received=lambda *_: None), _state=state)
+    calls: Any = SimpleNamespace(_listener=SimpleNamespace(received=lambda *_: None), _state=state)
 
     def general(_: int) -> None:
         registration.next_revision = REVISION
-        WatchClient._apply(client, state.received(stream, response))
+        StreamCalls.apply(calls, state.received(stream, response))
 
     def fast(_: int) -> None:
         registration.next_revision = REVISION
-        WatchClient.take(client, stream, response)
+        StreamCalls.take(calls, stream, response)
 
     return Lane("WatchState.received_events", general, fast)
 

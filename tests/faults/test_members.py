@@ -100,7 +100,7 @@ async def test_a_lagging_member_is_not_a_restored_store() -> None:
             await RawClient.connect(proxy.port) as client,
         ):
             await until_async(lambda: proxy.upstream.connected, "the watches' connection")
-            server = proxy.upstream._server
+            server = proxy.upstream._calls.places.server
             assert server is not None
             streams = [(await client.open_watch(PREFIX, PREFIX_END, start), start) for start in (0, 1)]
             await store.put(PREFIX + b"a", b"0")
@@ -109,7 +109,7 @@ async def test_a_lagging_member_is_not_a_restored_store() -> None:
             for number in range(20):
                 last = await store.put(PREFIX + b"a", b"%d" % number)
             await until_async(lambda: len(streams[0][0].values) == 21, "all events")
-            proxy.upstream._dialer.prefer(next(t for t in proxy.upstream._dialer.targets if t is not server.target))
+            proxy.upstream.dialer.prefer(next(t for t in proxy.upstream.dialer.targets if t is not server.target))
             server.target.not_before = asyncio.get_running_loop().time() + 5
             server.connection.close()
             await until_async(

@@ -206,7 +206,7 @@ class UpstreamShell:
             if self._recognise(rng, endpoint):
                 self._use(endpoint)
             else:
-                # As in upstream/watching/client.py: a server was found, so the next search asks all endpoints again.
+                # As in upstream/watching/failover.py: a server was found, so the next search asks all endpoints again.
                 self._search_again()
             return
         endpoint.tried = True
@@ -238,7 +238,7 @@ class UpstreamShell:
         return self._parts.lineage.RaftPosition(header, member.index, committed)
 
     def _recognise(self, rng: random.Random, endpoint: Endpoint) -> bool:
-        """Check a new connection as upstream/watching/client.py does, before any watch is registered there."""
+        """Check a new connection as upstream/watching/failover.py does, before any watch is registered there."""
         verdicts = self._parts.lineage.HistoryVerdict
         now = self._where(rng, endpoint.member)
         if self.lineage.check(now) is verdicts.SUSPECT:

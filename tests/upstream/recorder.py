@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
 from proto.scan import Header, WatchResponse
@@ -94,10 +94,14 @@ class Recorder:
 
 @asynccontextmanager
 async def watching(
-    endpoints: str, listener: Recorder, settings: UpstreamSettings | None = None, log: RecordedLog | None = None
+    endpoints: str,
+    listener: Recorder,
+    settings: UpstreamSettings | None = None,
+    log: RecordedLog | None = None,
+    on_problem: Callable[[], None] | None = None,
 ) -> AsyncIterator[WatchClient]:
     """Run a watch client."""
-    client = WatchClient(parse_endpoints(endpoints), listener, settings, log=log)
+    client = WatchClient(parse_endpoints(endpoints), listener, settings, log=log, on_problem=on_problem)
     client.start()
     try:
         yield client

@@ -31,13 +31,13 @@ def after_turns(turns: int, task: asyncio.Task[Any]) -> None:
 async def test_cancelled_search_leaves_no_connection(turns: int) -> None:
     async with scripted() as one, scripted() as other, asyncio.timeout(20):
         endpoints = parse_endpoints([one.endpoint, other.endpoint])
-        dialer = Dialer(endpoints, None, UpstreamSettings(stagger_s=0.0), EndpointProblems(RecordedLog()), lambda: None)
+        dialer = Dialer(endpoints, None, UpstreamSettings(stagger_s=0.0), EndpointProblems(RecordedLog()))
 
         def accept(_: Server) -> bool:
             after_turns(turns, search)
             return True
 
-        search = asyncio.create_task(dialer.dial(accept))
+        search = asyncio.create_task(dialer.dial(accept, lambda: None))
         (found,) = await asyncio.gather(search, return_exceptions=True)
         if isinstance(found, Server):
             found.connection.close()
@@ -50,7 +50,7 @@ async def test_cancelled_search_leaves_no_connection(turns: int) -> None:
 async def test_cancelled_status_request_leaves_no_connection(turns: int) -> None:
     async with scripted() as one, scripted() as silent, asyncio.timeout(20):
         silent.on_message = lambda _call, _message: None
-        dialer = Dialer([], None, UpstreamSettings(), EndpointProblems(RecordedLog()), lambda: None)
+        dialer = Dialer([], None, UpstreamSettings(), EndpointProblems(RecordedLog()))
         question = asyncio.create_task(
             dialer.examine(parse_endpoints([one.endpoint, silent.endpoint]), 0, are_proxies=False)
         )
@@ -90,15 +90,14 @@ async def test_found_leader_counts_while_another_endpoint_has_none() -> None:
     choice, reports = EndpointPolicy(), list[bool]()
     settings = UpstreamSettings(stagger_s=0.0, backoff_first_s=0.001, backoff_max_s=0.001)
     endpoints = parse_endpoints(["127.0.0.1:1", "127.0.0.1:2"])
-    dialer = OneLeader(
-        endpoints,
-        None,
-        settings,
-        EndpointProblems(RecordedLog()),
-        lambda: reports.append(choice.failed(dialer.targets, False)),
-    )
+    dialer = OneLeader(endpoints, None, settings, EndpointProblems(RecordedLog()))
     dialer.asked = {}
-    search = asyncio.create_task(dialer.dial(lambda server: choice.is_acceptable(server.has_leader)))
+    search = asyncio.create_task(
+        dialer.dial(
+            lambda server: choice.is_acceptable(server.has_leader),
+            lambda: reports.append(choice.failed(dialer.targets, False)),
+        )
+    )
     await until_async(lambda: len(dialer.asked) == 2, "both to be asked")
     for target in dialer.targets:
         dialer.asked[target].set_result(None)

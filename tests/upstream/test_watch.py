@@ -244,12 +244,13 @@ async def test_a_create_that_is_not_answered_is_reported() -> None:
         seen = Recorder()
         etcd.on_watch = lambda _call, _request: None
         a = Opened(b"a")
-        async with watching(etcd.endpoint, seen, UpstreamSettings(create_timeout_s=0.05), log) as client:
-            told: list[str] = []
-            client.on_problem = lambda: told.append(client.problem)
+        reported: list[str] = []
+        async with watching(
+            etcd.endpoint, seen, UpstreamSettings(create_timeout_s=0.05), log, lambda: reported.append(client.problem)
+        ) as client:
             client.open(a)
-            await until_async(lambda: told, "the report")
-            assert "has not answered watch create requests" in told[0]
+            await until_async(lambda: reported, "the report")
+            assert "has not answered watch create requests" in reported[0]
             (call,) = etcd.watches()
             call.answer(0, 10, created=True)
             await until_async(lambda: client.problem == "", "the end of it")

@@ -130,14 +130,13 @@ async def test_streams_that_wait_for_a_place_are_reported() -> None:
         settings = UpstreamSettings(connections_per_endpoint_max=1, place_wait_s=0.05)
         fills = [Opened(b"f%d" % number, start_revision=1, is_backfill=True) for number in range(4)]
         trunk = Opened(b"t")
-        async with watching(etcd.endpoint, seen, settings, log) as client:
-            told: list[str] = []
-            client.on_problem = lambda: told.append(client.problem)
+        reported: list[str] = []
+        async with watching(etcd.endpoint, seen, settings, log, lambda: reported.append(client.problem)) as client:
             for watch in (*fills, trunk):
                 client.open(watch)
             await until_async(lambda: sum(map(seen.created, fills)) == 2, "two of them")
             assert client.streams_waiting == 3
-            await until_async(lambda: any(told), "the report")
+            await until_async(lambda: any(reported), "the report")
             assert "etcd allows no more streams; calls or watches wait" in [event for event, _ in log.lines]
             # Many clients share a trunk: it precedes backfills that have waited longer.
             client.close(next(fill for fill in fills if seen.created(fill)))

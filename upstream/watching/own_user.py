@@ -9,6 +9,8 @@ from upstream.connection import ClientConnection
 from upstream.credentials import Credentials, log_in
 from upstream.dial import Server
 from upstream.errors import Logger
+from upstream.watching.effects import WatchEffect
+from upstream.watching.state import WatchState
 
 
 class OwnUserLogin:
@@ -20,38 +22,44 @@ class OwnUserLogin:
     def __init__(
         self,
         credentials: Credentials | None,
+        state: WatchState,
+        apply: Callable[[list[WatchEffect]], None],
         pick: Callable[[Server], ClientConnection],
         timeout_s: float,
         log: Logger,
-        renewed: Callable[[bytes | None], None],
     ) -> None:
-        """`pick` returns a connection for a call to a server; `renewed` gets the token that follows a refused one."""
+        """`credentials`: None = there is no such user. `apply` carries out effects of `state`; `pick` returns a
+        connection for a call to a server.
+        """
         self._credentials = credentials
+        self._state = state
+        self._apply = apply
         self._pick = pick
         self._timeout_s = timeout_s
         self._log = log
-        self._renewed = renewed
         self._renewal: asyncio.Task[None] | None = None
 
-    def is_possible(self, server: Server) -> bool:
-        """Whether there is a user, and a leader, without which etcd refuses a login."""
-        return self._credentials is not None and server.has_leader
+    async def log_in(self, server: Server) -> None:
+        """Get a token before any watch registers; the old one stays without a leader, as etcd then refuses a login."""
+        if self._credentials is not None and server.has_leader:
+            self._state.own_token = await self._token(server, self._credentials)
 
-    async def token(self, server: Server) -> bytes | None:
-        """Get a token; None, with the reason logged, when there is no user or etcd does not give one."""
-        if self._credentials is None:
-            return None
-        return await log_in(self._pick(server), self._credentials, self._timeout_s, self._log)
+    def refused(self, token: bytes | None, server: Server | None) -> None:
+        """Get another token after the server in use refused this one: trunks wait for it."""
+        if self._state.own_token == token:
+            self._state.own_token = None
+        if server is not None and self._renewal is None and self._credentials is not None:
+            renewal = self._renew(server, self._credentials)
+            self._renewal = asyncio.get_running_loop().create_task(renewal, name="login upstream")
 
-    def renew(self, server: Server) -> None:
-        """Get another token for the server in use; `renewed` gets it."""
-        if self._renewal is None and self._credentials is not None:
-            self._renewal = asyncio.get_running_loop().create_task(self._renew(server), name="login upstream")
-
-    async def _renew(self, server: Server) -> None:
-        token = await self.token(server)
+    async def _renew(self, server: Server, credentials: Credentials) -> None:
+        token = await self._token(server, credentials)
         self._renewal = None
-        self._renewed(token)
+        self._apply(self._state.logged_in(token))
+
+    async def _token(self, server: Server, credentials: Credentials) -> bytes | None:
+        """Return a token; None, with the reason logged, when etcd does not give one."""
+        return await log_in(self._pick(server), credentials, self._timeout_s, self._log)
 
     def leave(self) -> None:
         """The server is no longer in use."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from upstream.connection import ClientConnection, NotSent
 from upstream.connections import Connections, full_text
+from upstream.dial import Server
 from upstream.unary import Metadata
 from upstream.watching.call import UpstreamWatchCall
 from upstream.watching.stream import StreamKind, WatchStream
@@ -16,7 +17,8 @@ class StreamPlaces:
 
     def __init__(self, metadata: Callable[[WatchStream], Metadata]) -> None:
         self._metadata = metadata
-        # Connections to the server in use; None while there is none.
+        # The server in use, and the connections to it; None while there is none.
+        self.server: Server | None = None
         self._connections: Connections | None = None
         # Streams that wait for a place, oldest first, and their calls.
         self._waiting: dict[WatchStream, UpstreamWatchCall] = {}
@@ -45,12 +47,14 @@ class StreamPlaces:
             return ""
         return full_text("watches", self._connections.count)
 
-    def use(self, connections: Connections) -> None:
-        """Open streams on these connections from now on."""
+    def use(self, server: Server, connections: Connections) -> None:
+        """Open streams on these connections to a server from now on."""
+        self.server = server
         self._connections = connections
 
     def leave(self) -> None:
         """Close the connections, and forget the waiting streams."""
+        self.server = None
         self._waiting.clear()
         self.unordered.clear()
         connections, self._connections = self._connections, None
@@ -61,9 +65,10 @@ class StreamPlaces:
         """Return a connection with a place for one more stream; None when there is none now."""
         return None if self._connections is None else self._connections.pick()
 
-    def own(self) -> ClientConnection | None:
-        """Return a connection with a place for one of the proxy's own calls; None when there is none now."""
-        return None if self._connections is None else self._connections.pick(own=True)
+    def own(self, server: Server) -> ClientConnection:
+        """Return a connection for one of the proxy's own calls to a server, with a reserved place if it is in use."""
+        connections = self._connections if server is self.server else None
+        return (connections.pick(own=True) if connections is not None else None) or server.connection
 
     def open(self, stream: WatchStream, call: UpstreamWatchCall) -> None:
         """Start the call of a stream, or queue it for a place."""

@@ -94,7 +94,7 @@ class WatchState:
         self.works = False
         self._held_bytes_max = held_bytes_max
         # The prefix of all watches' keys at etcd; None = no prefix.
-        self._namespace = namespace
+        self.namespace = namespace
         # The server answers manual progress requests in order with events; they are sent only if it does.
         self.ordered_progress = False
         # The server may be a proxy, which answers such requests later than etcd does (see `proof`).
@@ -550,7 +550,7 @@ class WatchState:
         watch = registration.watch
         interval = watch.key, watch.range_end
         message = encode_create(
-            *(interval if self._namespace is None else self._namespace.interval(*interval)),
+            *(interval if self.namespace is None else self.namespace.interval(*interval)),
             start_revision=start,
             prev_kv=watch.prev_kv,
             progress_notify=True,

@@ -292,10 +292,8 @@ async def test_an_endpoint_that_failed_is_tried_at_its_next_address(monkeypatch:
         hung.on_status = lambda _: None
         Resolver(monkeypatch, "etcd.example", "127.0.0.2", "127.0.0.1")
         settings = UpstreamSettings(status_timeout_s=0.1)
-        dialer = Dialer(
-            parse_endpoints(f"etcd.example:{server.port}"), None, settings, EndpointProblems(NullLogger()), lambda: None
-        )
-        found = await dialer.dial(lambda _: True)
+        dialer = Dialer(parse_endpoints(f"etcd.example:{server.port}"), None, settings, EndpointProblems(NullLogger()))
+        found = await dialer.dial(lambda _: True, lambda: None)
         assert (len(hung.asked), len(server.connections)) == (1, 1)
         found.connection.close()
 

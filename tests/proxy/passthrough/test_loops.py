@@ -95,7 +95,7 @@ async def test_a_loop_that_arises_later_is_found(etcd: EtcdServer, role: str) ->
         place = f"{HOST}:{second.port}"
         assert await change_endpoints(first, *at(etcd, place, role)) == ""
         await until_async(lambda: first.upstream.server and first.upstream.server.endpoint == place, "the move")
-        second.upstream._dialer._ids = second.pool._ids = RouteIds()
+        second.upstream.dialer._ids = second.pool._ids = RouteIds()
         second.set_endpoints(*at(etcd, f"{HOST}:{first.port}", role))
         await until_async(lambda: "in a loop" in first.health.reason, "the loop to be found", 20)
         second.set_endpoints([etcd.endpoint])
