@@ -17,6 +17,7 @@ from proto.pb import rpc_pb2, rpc_pb2_grpc
 from proxy.server import Proxy, ProxySettings
 from tests.e2e.raw_client import RawClient
 from tests.etcd.server import EtcdServer
+from tests.waiting import until_async
 
 
 @asynccontextmanager
@@ -68,6 +69,10 @@ HUB_SETTINGS: Final = ("upstream", "upstream_tls", "limits", "credentials", "ups
 """Settings that both tiers have."""
 
 
+def _has_tried(proxy: Proxy) -> bool:
+    return proxy.upstream.connected or any(target.turn for target in proxy.upstream.dialer.targets)
+
+
 @asynccontextmanager
 async def two_tiers(etcd: EtcdServer | str, failures: int = 0, **settings: Any) -> AsyncIterator[Proxy]:
     """Yield a proxy that takes its watches from another one, its hub; calls go to `etcd`."""
@@ -81,6 +86,8 @@ async def two_tiers(etcd: EtcdServer | str, failures: int = 0, **settings: Any) 
         hub = Proxy(ProxySettings(endpoints=endpoint, tune_gc=False, path=path, **ours))
         await hub.start()
         try:
+            # Before, it would refuse the leaf, which would then pause before it tries again.
+            await until_async(lambda: _has_tried(hub), "the hub to find its etcd, or to fail")
             async with proxy_for(endpoint, failures, watch_endpoints=f"http+unix://{path}", **settings) as proxy:
                 _HUBS[proxy] = hub
                 yield proxy

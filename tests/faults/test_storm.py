@@ -15,7 +15,7 @@ from proto.framing import frame
 from proto.pb import rpc_pb2
 from tests.e2e.judging import assert_kept
 from tests.e2e.raw_client import RawClient, WatchStream
-from tests.e2e.running import Etcd, direct, proxy_for
+from tests.e2e.running import Etcd, direct, next_to_etcd, proxy_for
 from tests.etcd.server import EtcdServer
 from tests.faults.scene import PREFIX, PREFIX_END, also_with_a_cover
 from tests.waiting import until_async
@@ -145,7 +145,7 @@ async def test_a_reconnect_storm_costs_etcd_nothing(etcd: EtcdServer, connection
         stats = proxy.engine.core.stats
         assert (after.watchers, stats.upstreams_opened, stats.joins_backfill) == (1, 1, 0)
         assert after.watch_streams == before.watch_streams
-        assert after.watch_messages - before.watch_messages <= stats.progress_asked
+        assert after.watch_messages - before.watch_messages <= next_to_etcd(proxy).engine.core.stats.progress_asked
         assert after.others == before.others
         # Only the probe that auth is off, at most one a second.
         assert after.reads - before.reads <= elapsed_s + 1
@@ -175,9 +175,9 @@ async def test_progress_for_all_watches_is_requested_once(
         streams = [stream for mine in by_client for stream in mine]
         for stream in streams:
             await stream.created(20)
-        stats = proxy.engine.core.stats
+        stats, at_etcd = proxy.engine.core.stats, next_to_etcd(proxy).engine.core.stats
         loop = asyncio.get_running_loop()
-        before, asked_before = await asked(etcd), stats.progress_asked
+        before, asked_before = await asked(etcd), at_etcd.progress_asked
         began = loop.time()
         acknowledged, answers = [], stats.progress_answers
         for number in range(rounds):
@@ -190,7 +190,8 @@ async def test_progress_for_all_watches_is_requested_once(
             goal = answers + (number + 1) * len(streams)
             await until_async(lambda goal=goal: stats.progress_answers >= goal, "all answers", 40)  # type: ignore[misc]
         took_s = loop.time() - began
-        requests = stats.progress_asked - asked_before
+        # Those of the proxy at etcd: a hub serves two requests of a leaf with one if they come close together.
+        requests = at_etcd.progress_asked - asked_before
         last = await put(store, 1)
         await all_reached(streams, last)
         after = await asked(etcd)
