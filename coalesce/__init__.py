@@ -3,6 +3,15 @@
 Pure and synchronous: no I/O, no clock, no randomness, no tasks, no logging. Of gRPC it knows only the message prefix
 and a few status codes. A `Coalescer` is driven by its caller: inputs in, effects returned, time as an argument. `core`
 documents the protocol; `guarantees` holds the checkers of what the core promises.
+
+Its modules, from the bottom up; each imports and calls only modules before it:
+
+- values: `limits`, `stats`, `timers`, `ahead`, `place`, `pending`, `inputs`, `ranges`, `suggesting`, `batch`, `history`
+- state: `model` (sessions, watches, sources), `cover`, `effects`, `state`, `fanout` (batches to watches)
+- progress: `waiting`, `progress_requests`, `notifying`, `progress`
+- placement: `placement` (places and backfills), `replay`, `runs` (of fragments)
+- life of watches: `revision_reads`, `trunk`, `moving` (to and from covers), `ending`, `losing`, `joining`
+- interface: `invariants` and `report` only read; `core` has one method for each input
 """
 
 from coalesce.batch import Payload

@@ -98,6 +98,14 @@ def imported(module: Module, known: Container[str]) -> Iterator[str]:
         yield from (name for name in names if name in known)
 
 
+def test_packages_name_their_modules() -> None:
+    """The docstring of a package is the map of its modules."""
+    for path in (path for folder in PRODUCT for path in (ROOT / folder).rglob("__init__.py") if "pb" not in path.parts):
+        named = set(re.findall(r"`(\w+)`", ast.get_docstring(ast.parse(path.read_bytes())) or ""))
+        found = {each.stem for each in path.parent.glob("*.py")} - {"__init__", "__main__"}
+        assert not found - named, f"{path.relative_to(ROOT)} does not name {sorted(found - named)}"
+
+
 def test_imports_have_no_circles() -> None:
     known = {name_of(module.path): module for module in product()}
     graph = {name: {*imported(module, known)} - {name} for name, module in known.items()}

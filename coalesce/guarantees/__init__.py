@@ -1,1 +1,1 @@
-"""The six guarantees of a watch as checkers over recorded histories."""
+"""The six guarantees of a watch as `checkers` of recorded histories: the `truth`, and the `life` of each watch."""

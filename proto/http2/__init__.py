@@ -5,7 +5,8 @@ of CPU, 934 us with 5,000 streams open), a GOAWAY in either direction ended the 
 and one malformed header or one stream too many ended every watch on the connection. Most of what a fan-out proxy writes
 is DATA; here that is one packed frame header before shared bytes.
 
-Read `connection.py` first, then `sending.py` and `receiving.py`.
+Read `connection` first, then its halves `sending` and `receiving`. They use `streams`, `frames`, `headers` (validity),
+`compression` and `limits`; `events` and `errors` are what they return and raise.
 """
 
 from proto.http2.connection import Connection

@@ -3,6 +3,9 @@
 `serve` has its own start (`apart`), so that the code that reads command lines and settings does not stay in memory
 while the proxy runs; click handles all other commands (`group`). This module imports neither, since each excludes the
 other.
+
+A module for each command: `serve`, `store`, `demo`, `measure`, `status`, `config`. `knobs` makes options of the
+settings; `load`, `access` and `strict` are shared by commands.
 """
 
 from __future__ import annotations

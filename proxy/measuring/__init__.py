@@ -1,1 +1,3 @@
-"""Demonstrates and measures what the proxy saves: demo, measure, observe and their report; `load/` has the clients."""
+"""Demonstrates and measures what the proxy saves: `demo`, `measure`, `observe`, `comparison` with its `report`, and
+`status`; `load` has the clients.
+"""

@@ -24,7 +24,7 @@ from upstream.watching.choice import EndpointPolicy, SearchGoal
 from upstream.watching.history_check import HistoryCheck
 from upstream.watching.leader import LeaderCall
 from upstream.watching.listener import WatchListener
-from upstream.watching.route import RouteCheck
+from upstream.watching.route_check import RouteCheck
 from upstream.watching.state import WatchState
 from upstream.watching.stream_calls import StreamCalls
 

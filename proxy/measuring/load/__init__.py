@@ -1,4 +1,9 @@
-"""The load: gRPC clients, in processes of their own."""
+"""The load: gRPC clients, in processes of their own.
+
+A `trial` is one load on one `target`: `stage` starts the processes, `plan` spreads the watches, `run` drives each
+`client` and the `writer`. `judge` checks what the clients recorded; `prometheus` and `sampling` read metrics, `show`
+draws bars.
+"""
 
 import os
 
