@@ -6,6 +6,7 @@ and an exception class must exist only once to be caught.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 WRONG_REQUEST = 2
@@ -23,5 +24,14 @@ class Failed(Exception):
 
 def complain(text: str) -> None:
     """Print lines for the user on standard error."""
-    for line in text.splitlines():
-        sys.stderr.write(f"watchmux: {' '.join(line.split())}\n")
+    # Without a place to write to, the exit code is the message.
+    with contextlib.suppress(OSError):
+        for line in text.splitlines():
+            sys.stderr.write(f"watchmux: {' '.join(line.split())}\n")
+
+
+def flush_streams() -> None:
+    """Flush standard output and standard error, if what they lead to still takes it."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()

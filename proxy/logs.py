@@ -2,6 +2,9 @@
 
 Other people's data passes through a proxy, so its log must never contain a value or a credential. Fields whose names
 suggest one are blanked here, in one place, for all callers.
+
+A line that cannot be written (the disk is full, the reader of the pipe has ended) is lost and counted: the proxy serves
+clients with or without a log.
 """
 
 from __future__ import annotations
@@ -38,6 +41,39 @@ TALKATIVE = ("hpack", "hpack.hpack", "hpack.table")
 
 
 _process = ""
+_lost = 0
+
+
+def lines_lost() -> int:
+    """Return how many lines could not be written."""
+    return _lost
+
+
+class _LineWriter:
+    """Write each line in one piece, so that the lines of several processes in one file stay whole.
+
+    That does not depend on Python's buffers, which PYTHONUNBUFFERED turns off.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        try:
+            self._fd = None if stream is None else stream.fileno()
+        except (OSError, ValueError):
+            self._fd = None  # a stream in memory
+
+    def msg(self, line: str) -> None:
+        global _lost
+        try:
+            if self._fd is not None:
+                data = f"{line}\n".encode("utf-8", "backslashreplace")
+                _lost += os.write(self._fd, data) < len(data)
+            elif self._stream is not None:
+                self._stream.write(f"{line}\n")
+        except (OSError, ValueError):
+            _lost += 1
+
+    debug = info = warn = warning = error = critical = exception = fatal = msg
 
 
 def name_process(name: str) -> None:
@@ -65,7 +101,8 @@ def configure(level: str = "info", style: str = "auto", stream: TextIO | None = 
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
     target = sys.stderr if stream is None else stream
-    readable = style == "console" or (style == "auto" and target.isatty())
+    terminal = target is not None and target.isatty()  # None: it was closed when the program started
+    readable = style == "console" or (style == "auto" and terminal)
     processors: list[Processor] = [structlog.processors.add_log_level, blank_secrets, show_bytes]
     if _process:
         processors.append(_add_process)
@@ -73,7 +110,7 @@ def configure(level: str = "info", style: str = "auto", stream: TextIO | None = 
         processors += [
             structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
             structlog.dev.ConsoleRenderer(
-                colors=target.isatty() and not os.environ.get("NO_COLOR"),
+                colors=terminal and not os.environ.get("NO_COLOR"),
                 exception_formatter=structlog.dev.plain_traceback,
             ),
         ]
@@ -87,7 +124,7 @@ def configure(level: str = "info", style: str = "auto", stream: TextIO | None = 
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(_level_number(level)),
-        logger_factory=structlog.PrintLoggerFactory(target),
+        logger_factory=lambda *_: _LineWriter(target),
         cache_logger_on_first_use=False,
     )
 

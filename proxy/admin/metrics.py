@@ -70,6 +70,7 @@ COUNTERS = {
     "connections_not_read_total": "Total number of times a client was not read from because it did not read either.",
     "connections_in_turns_total": "Total number of times a client's input was processed in several event loop turns.",
     "handshakes_failed_total": "Total number of failed or timed-out TLS handshakes of clients.",
+    "log_lines_lost_total": "Total number of log lines that could not be written, to a full disk for example.",
     "requests_total": "Total number of client streams (calls and watch streams) opened, and of self-probes.",
     "written_bytes_total": "Total number of bytes written to clients.",
     "creates_total": "Total number of watches requested by clients, and of self-probes.",

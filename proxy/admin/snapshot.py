@@ -14,6 +14,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from coalesce import report
+from proxy import logs
 from proxy.admin import memory
 from proxy.listening.call_metrics import CODES
 from proxy.listening.turns import in_parts
@@ -121,6 +122,7 @@ class Snapshot:
     http1_refusals_total: dict[str, int] = field(default_factory=dict)
     """HTTP/1 connections refused by the proxy, by HTTP status."""
     handshakes_failed_total: int = 0
+    log_lines_lost_total: int = 0
     requests_total: int = 0
     grpc_started_total: dict[str, int] = field(default_factory=dict)
     """Calls of clients, by path."""
@@ -321,6 +323,7 @@ class SnapshotSource:
         snapshot.connections_in_turns_total = stats.in_turns
         snapshot.http1_refusals_total = {str(status): count for status, count in self._proxy.http1.refused.items()}
         snapshot.handshakes_failed_total = stats.handshakes_failed
+        snapshot.log_lines_lost_total = logs.lines_lost()
         snapshot.requests_total = stats.requests
         snapshot.written_bytes_total = stats.written_bytes
         snapshot.cut_off_total = dict(stats.cut_off)

@@ -17,6 +17,7 @@ import sys
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its exit code."""
     given = sys.argv[1:] if arguments is None else arguments
+    _open_standard_streams()
     if foreign := foreign_proto():
         sys.stderr.write(f"watchmux: {foreign}\n")
         sys.exit(1)
@@ -27,6 +28,14 @@ def main(arguments: list[str] | None = None) -> None:
     from proxy.cli.group import run
 
     sys.exit(run(given))
+
+
+def _open_standard_streams() -> None:
+    """Open the standard streams that the caller has closed: a socket would otherwise get their numbers, and the log."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # The lowest number that is free.
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
 def foreign_proto() -> str:

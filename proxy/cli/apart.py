@@ -11,14 +11,14 @@ are read in another thread, so that the clients do not wait for it (`proxy.proce
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
-import sys
 import traceback
 from typing import TYPE_CHECKING
 
-from proxy.errors import INTERRUPTED, Failed, complain
+from proxy.errors import INTERRUPTED, Failed, complain, flush_streams
 
 if TYPE_CHECKING:
     from proxy.config.knobs import Settings
@@ -74,7 +74,8 @@ def _hand_over(arguments: list[str], writing: int) -> int:
         from proxy.cli.group import run
 
         def write(*read: object) -> int:
-            with open(writing, "wb") as pipe:
+            # A signal may have ended the process that waits for the settings.
+            with contextlib.suppress(BrokenPipeError), open(writing, "wb") as pipe:
                 pipe.write(pickle.dumps(read))
             return 0
 
@@ -83,8 +84,7 @@ def _hand_over(arguments: list[str], writing: int) -> int:
         traceback.print_exc()
         return 1
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_streams()
 
 
 def _read_again(arguments: list[str]) -> tuple[Settings, list[str]]:

@@ -25,7 +25,6 @@ import selectors
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import time
 from collections import deque
@@ -44,7 +43,7 @@ from proxy.admin.aggregate import (
 )
 from proxy.config.knobs import Settings, limits
 from proxy.config.values import Address, parse_listen_address, parse_metrics_address
-from proxy.errors import FAILURE, WRONG_REQUEST, Failed, complain
+from proxy.errors import FAILURE, WRONG_REQUEST, Failed, complain, flush_streams
 from proxy.listening.listener import BACKLOG
 from proxy.listening.sockets import Listening, bind
 from proxy.process import serving, shares
@@ -320,8 +319,7 @@ class _Supervisor:
         except BaseException:
             log.exception("process failed", name=name)
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            flush_streams()
             os._exit(code)
 
     def _serve(self, name: str, fd: int, listening: Listening) -> int:

@@ -21,6 +21,7 @@ import grpc
 import pytest
 
 from proto.pb import rpc_pb2, rpc_pb2_grpc, v3lock_pb2, v3lock_pb2_grpc
+from proxy.cli import apart
 from proxy.cli.group import run
 from proxy.config.values import parse_address
 from proxy.version import program_version
@@ -337,6 +338,24 @@ def test_a_fork_that_is_killed_ends_the_command() -> None:
         "sys.exit(apart.serve(['serve']))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=30, check=False).returncode == 128 + signal.SIGKILL
+
+
+def test_settings_for_a_process_that_was_ended_are_dropped(capfd: pytest.CaptureFixture[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert apart._hand_over(["serve", "--endpoints=127.0.0.1:2379"], writing) == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_it_serves_where_no_log_can_be_written(tmp_path: Path, etcd: EtcdServer) -> None:
+    command = [sys.executable, "-m", "proxy.cli", "serve", f"--endpoints={etcd.endpoint}", "--drain=1s"]
+    for name, redirection in (("full", "> /dev/full 2>&1"), ("closed", "<&- >&- 2>&-")):
+        listen = f"--listen-addr=unix://{tmp_path}/{name}"
+        process = subprocess.Popen(["sh", "-c", f"exec {shlex.join(command)} {listen} {redirection}"])
+        with grpc.insecure_channel(f"unix://{tmp_path}/{name}") as channel:
+            grpc.channel_ready_future(channel).result(60)
+        process.terminate()
+        assert process.wait(15) == 0
 
 
 def refusal(*arguments: str) -> tuple[int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 
 import pytest
 
@@ -82,3 +83,27 @@ def test_secrets_are_blanked(field: str, style: str) -> None:
 def test_unknown_settings_are_refused(level: str, style: str) -> None:
     with pytest.raises(ValueError, match="use one of"):
         logs.configure(level, style)
+
+
+def test_a_line_is_written_in_one_piece() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    # As standard error with PYTHONUNBUFFERED: what is written is not gathered.
+    with ours, theirs, io.TextIOWrapper(io.FileIO(theirs.fileno(), "w", closefd=False), write_through=True) as stream:
+        logs.configure("info", "json", stream)
+        logs.logger("x").info("whole")
+        assert ours.recv(4096).endswith(b'"msg": "whole"}\n')
+
+
+def test_a_line_that_cannot_be_written_is_lost_and_counted() -> None:
+    before = logs.lines_lost()
+    with open("/dev/full", "w") as full:
+        logs.configure("info", "json", full)
+        logs.logger("x").error("the disk is full")
+        logs.logger("x").exception("the disk is full")
+    assert logs.lines_lost() == before + 2
+
+
+def test_without_standard_error_nothing_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    logs.configure()
+    logs.logger("x").info("hello")
