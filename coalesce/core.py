@@ -352,12 +352,6 @@ class Coalescer:
         self._replayer.expire()
         return self._finish()
 
-    def check(self) -> None:
-        """Recount every invariant; see `invariants`. For tests: it walks everything. Raises InvariantBroken."""
-        from coalesce.invariants import check  # not loaded by a proxy
-
-        check(self._state, self._placement, self._replayer, self._reads, self._waiters, self._progress)
-
     def _events(self, upstream: Upstream, response: WatchResponse) -> None:
         state = self._state
         stats = state.stats

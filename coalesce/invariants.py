@@ -19,8 +19,8 @@
 11. A trunk without watches and without creates that wait for it lingers; any other does not.
 12. One upstream watch is open at etcd per trunk and per backfill, except those that end, and each of them knows its
     source. It starts at "now" or at a revision, never at 0.
-13. The head of a session's queue waits for something that is under way: a check, a read, a trunk's `created`, or the
-    next timer. A queue marked full is longer than the size at which it is released.
+13. The head of a session's queue waits for something that is under way: a check, a read, a trunk's `created` or end, or
+    the next timer. A queue marked full is longer than the size at which it is released.
 14. A queued read exists only while another one is in flight, and no create waits for a read that is not scheduled.
 15. Reported progress is true: no event below the progress that a watch was sent is still to come for it.
 16. A session that waits for progress has watches, and the timer is set; a blocked session is listed under the trunk
@@ -41,13 +41,14 @@ from __future__ import annotations
 
 from itertools import chain
 
+from coalesce.core import Coalescer
 from coalesce.cover import Cover
 from coalesce.model import Backfill, Group, PendingCreate, Session, Source, Trunk, Watch
 from coalesce.place import Place
 from coalesce.placement import Placement
 from coalesce.progress import Progress
 from coalesce.ranges import CoverBranch, TrunkName, contains
-from coalesce.replay import WATCH_EVENTS, Replayer
+from coalesce.replay import WATCH_EVENTS
 from coalesce.revision_reads import RevisionReads
 from coalesce.state import CoreState
 from coalesce.waiting import ProgressWaiters
@@ -62,20 +63,14 @@ class InvariantBroken(AssertionError):
         self.number = number
 
 
-def check(
-    state: CoreState,
-    placement: Placement,
-    replayer: Replayer,
-    reads: RevisionReads,
-    waiters: ProgressWaiters,
-    progress: Progress,
-) -> None:
-    """Raise InvariantBroken if anything is wrong."""
+def check(core: Coalescer) -> None:
+    """Recount every invariant. For tests: it walks everything. Raises InvariantBroken."""
+    state = core._state
     waiting = state.to_advance or state.to_replay
     _need(23, not waiting, "work of one input is left for the next one")
     for session in state.sessions:
         _check_session(state, session)
-        _check_progress(session, waiters, progress)
+        _check_progress(session, core._waiters, core._progress)
         for watch in session.watches.values():
             _check_watch(state, watch)
     _need(18, all(session in state.sessions for session in state.lagging_sessions), "an ended session is behind")
@@ -91,12 +86,12 @@ def check(
         _check_trunk(state, trunk)
     for name, trunk in state.parked.items():
         _check_parked(state, name, trunk)
-    _check_backfills(state, placement)
+    _check_backfills(state, core._placement)
     _check_upstreams(state)
-    _check_reads(state, reads)
+    _check_reads(state, core._reads)
     _check_gauges(state)
     share = 2 * state.limits.replay_events_max + WATCH_EVENTS
-    _need(19, replayer.left_events > -share, "a turn of replaying exceeded its share")
+    _need(19, core._replayer.left_events > -share, "a turn of replaying exceeded its share")
 
 
 def _sources(state: CoreState) -> list[Source]:
@@ -147,7 +142,8 @@ def _check_head(state: CoreState, session: Session) -> None:
     _need(13, isinstance(head, PendingCreate), "only creates wait")
     assert isinstance(head, PendingCreate), "checked above"
     waits_for_check = not head.checked and head.refusal is None
-    waits_for_trunk = head.trunk is not None and not head.trunk.is_live
+    trunk, prev_kv = head.trunk, head.request.prev_kv
+    waits_for_trunk = trunk is not None and (not trunk.is_live or state.is_ending(trunk, prev_kv))
     _need(13, waits_for_check or head.reading or waits_for_trunk, head.request)
     for create in session.queue:
         if isinstance(create, PendingCreate) and create.trunk is not None:

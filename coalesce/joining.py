@@ -282,8 +282,8 @@ class Admission:
         Not if the position of the trunk is known and serves it, and if etcd never refuses it: etcd checks a token once
         more, and a create that is too large ends its stream.
         """
-        if trunk.upstream.closed:
-            # It is opened again, or the create is refused.
+        if trunk.upstream.closed or (self._state.ending and self._state.is_ending(trunk, create.request.prev_kv)):
+            # Another one is opened, or the create is refused.
             return True
         if not trunk.opening:
             return False

@@ -201,9 +201,10 @@ class CoverMover:
         """
         state = self._state
         moved = 0
+        waiting: list[Watch] = []
         refused, limit = cover.upstream.closed, state.limits.trunks_max
         # From the end: to find the first one of a dict takes time for each one deleted before it, 65 ms for 8 million.
-        while cover.watches and moved < most:
+        while cover.watches and moved < most and len(waiting) < EXAMINED_MAX:
             watch, _ = cover.watches.popitem()
             branch = watch.branch
             assert branch is not None, "each watch of a cover has a branch"
@@ -218,11 +219,15 @@ class CoverMover:
                         moved += 1
                     break
                 trunk = self._trunks.open(branch.span, cover.next_revision, watch.wants_prev_kv)
+            elif state.is_ending(trunk, watch.wants_prev_kv):
+                waiting.append(watch)
+                continue
             if not trunk.is_used:
                 # A new trunk, or one that lingers since its watches have moved away: it may be below another cover.
                 self._to_examine.append(trunk)
             self._move_watch(watch, trunk)
             moved += 1
+        cover.watches.update(dict.fromkeys(waiting))
         if not cover.watches and not cover.joining:
             state.to_move.pop(cover, None)
             cover.awaited = False

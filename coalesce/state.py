@@ -183,6 +183,10 @@ class CoreState:
         if session.lagging and not session.stalled and not session.ended:
             self.to_replay[session] = room_bytes
 
+    def is_ending(self, trunk: Trunk, prev_kv: bool) -> bool:
+        """Whether the watches of a trunk, or only those with prev_kv, end in steps: a further one would end as well."""
+        return trunk in self.ending or (prev_kv and trunk.upgrade in self.ending)
+
     def end_run(self, source: Source) -> None:
         """End the run of a source, if there is one: replay the sessions that waited."""
         run, source.run = source.run, None

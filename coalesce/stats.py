@@ -36,7 +36,7 @@ class CoverStats:
 
 @dataclass(slots=True)
 class Stats:
-    """Counters and gauges of one core. `check()` compares the gauges with a recount."""
+    """Counters and gauges of one core. `invariants.check` compares the gauges with a recount."""
 
     # Gauges: current numbers.
     sessions: int = 0

@@ -1,7 +1,7 @@
 """A shell for tests: carries the core's effects out on plain lists, and records what each client received.
 
 It answers permission checks at once with "auth is off" unless `auth` is set, and leaves everything else (reads,
-upstream watches, progress) to the test. After every input and its effects it calls the core's `check()`.
+upstream watches, progress) to the test. After every input and its effects it calls `invariants.check`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from coalesce import (
     TakeRequests,
     Upstream,
     Watch,
+    invariants,
 )
 from proto.pb import kv_pb2, rpc_pb2
 from proto.scan import Event, Header, WatchResponse, scan_watch_response
@@ -191,7 +192,7 @@ class Shell:
             step, arguments = self._inbox.popleft()
             for effect in step(*arguments, self.now):
                 self._carry_out(effect)
-            self.core.check()
+            invariants.check(self.core)
 
     def read_now(self, revision: int) -> None:
         """Answer the read in flight."""

@@ -35,7 +35,7 @@ FLOORS = {
     "progress": ("waiting", "progress_requests", "notifying", "progress"),
     "placement": ("placement", "replay", "runs"),
     "lifecycle": ("revision_reads", "trunk", "moving", "ending", "losing", "joining"),
-    "interface": ("invariants", "core", "report", "__init__"),
+    "interface": ("core", "invariants", "report", "__init__"),
 }
 ORDER = [name for floor in FLOORS.values() for name in floor]
 

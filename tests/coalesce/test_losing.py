@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from coalesce import CoreLimits, UpstreamLost
+import pytest
+
+from coalesce import CoreLimits, UpstreamLost, invariants
 from tests.coalesce.shell import Client, Shell, header, put
 
 UNAVAILABLE = 14
@@ -142,6 +145,54 @@ def test_a_lost_upgrade_ends_many_watches_with_prev_kv_in_steps() -> None:
     assert shell.core.stats.watches == 31
 
 
+def test_a_create_that_comes_while_an_upgrade_ends_is_not_lost() -> None:
+    shell = Shell(LIMITS)
+    shell.trunk(100, shell.client(b"old"))
+    for _ in range(20):
+        shell.client(b"old").create(start=101, prev_kv=True)
+    [upgrade] = [each for each in shell.opened if each.prev_kv and not each.is_backfill]
+    shell.do(shell.core.upstream_lost, upgrade, UpstreamLost(16, "etcdserver: invalid auth token"))
+    fresh = shell.client(b"new")
+    fresh.create(start=101, prev_kv=True)
+    in_steps(shell, lambda: shell.core.stats.sessions)
+    assert (fresh.ended, shell.core.stats.sessions) == (None, 2)
+    again = shell.opened[-1]
+    assert (again.token, again.prev_kv, again.closed) == (b"new", True, False)
+    shell.created(again, 100)
+    shell.events(again, put(101, prev=b"u"))
+    assert fresh.read() == ["#0 @100 created", "#0 @101 put 101 k=v (was u)"]
+
+
+@pytest.mark.parametrize("prev_kv", [False, True])
+def test_no_watch_moves_to_a_trunk_whose_watches_end(prev_kv: bool) -> None:
+    """A cover is removed, and etcd has just refused the token of another watch of the range."""
+    shell = Shell(LIMITS)
+    covered = replace(LIMITS, covers=(b"/s/",))
+    moved, other = shell.client(b"new"), shell.client(b"new")
+    trunk = shell.trunk(10, moved, b"/s/a", prev_kv=prev_kv)
+    shell.core.limits = covered
+    shell.settle()
+    cover = shell.opened[-1]
+    shell.created(cover, 10)
+    shell.wait(1)
+    assert moved.session.watches[0].trunk is cover.owner
+    other.create(b"/s/b", start=11)
+    # The trunk lingers, so it serves new watches until these move as well.
+    for _ in range(20):
+        shell.client(b"old").create(b"/s/a", start=11, prev_kv=prev_kv)
+    shell.do(shell.core.upstream_lost, trunk, UpstreamLost(16, "etcdserver: invalid auth token"))
+    shell.core.limits = LIMITS
+    in_steps(shell, lambda: shell.core.stats.sessions)
+    shell.wait(2)
+    assert (moved.ended, other.ended, shell.core.stats.sessions) == (None, None, 2)
+    assert cover in shell.closed
+    again = {each.key: each for each in shell.opened if not each.closed}
+    assert {key: each.start_revision for key, each in again.items()} == {b"/s/a": 11, b"/s/b": 11}
+    shell.created(again[b"/s/a"], 10)
+    shell.events(again[b"/s/a"], put(11, b"/s/a"))
+    assert moved.read()[-1] == "#0 @11 put 11 /s/a=v"
+
+
 def test_without_a_leader_many_sessions_end_in_steps() -> None:
     shell = Shell(LIMITS)
     shell.trunk(5, shell.client())
@@ -244,7 +295,7 @@ def test_a_restore_reopens_what_was_lost_before_it_opened() -> None:
     [lost] = shell.opened
     shell.do(shell.core.upstream_lost, lost, UpstreamLost(UNAVAILABLE, "gone"))
     shell.do(shell.core.other_history, header(20))
-    shell.core.check()
+    invariants.check(shell.core)
     in_steps(shell, lambda: shell.core.stats.watches)
     again = shell.opened[-1]
     assert (again is not lost, again.closed) == (True, False)

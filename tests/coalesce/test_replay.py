@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coalesce import CoreLimits, CreateRequest, Deliver
+from coalesce import CoreLimits, CreateRequest, Deliver, invariants
 from coalesce.effects import CheckPermission
 from coalesce.place import Place
 from proto.scan import WatchResponse
@@ -48,7 +48,7 @@ def test_a_stalled_session_gets_one_delivery_per_watch(shell: Shell) -> None:
         for watch in deliver.watches:
             if watch.session is slow.session:
                 shell.core.undelivered(watch, deliver.payload)
-        shell.core.check()
+        invariants.check(shell.core)
     assert sessions == [[quick.session, slow.session, slow.session], [quick.session]]
 
 
@@ -305,7 +305,7 @@ def test_replays_with_all_events_filtered_take_turns() -> None:
     while shell.core.next_deadline() == shell.now:
         before = [client.session.watches[0].position for client in clients]
         shell.core.expire(shell.now)
-        shell.core.check()
+        invariants.check(shell.core)
         after = [client.session.watches[0].position for client in clients]
         assert 0 < sum(after) - sum(before) <= 300 + 100
         rings += 1
@@ -350,7 +350,7 @@ def test_a_drained_session_is_replayed_only_what_it_takes() -> None:
         turns = [shell.core.drained(client.session, room_bytes, shell.now)]
         while shell.core.next_deadline() == shell.now:
             turns.append(shell.core.expire(shell.now))
-        shell.core.check()
+        invariants.check(shell.core)
         return [[effect.payload.size for effect in turn if isinstance(effect, Deliver)] for turn in turns]
 
     ((size, *rest),) = replayed(None)

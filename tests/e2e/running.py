@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import grpc.aio
 
+from coalesce import invariants
 from coalesce.limits import CoreLimits
 from proto.pb import rpc_pb2, rpc_pb2_grpc
 from proxy.server import Proxy, ProxySettings
@@ -39,7 +40,7 @@ async def proxy_for(etcd: EtcdServer | str, failures: int = 0, **settings: Any) 
         yield proxy
     finally:
         await proxy.stop()
-        proxy.engine.core.check()
+        invariants.check(proxy.engine.core)
         assert proxy.engine.stats.failures == failures
 
 
@@ -94,7 +95,7 @@ async def two_tiers(etcd: EtcdServer | str, failures: int = 0, **settings: Any) 
                 del _HUBS[proxy]
         finally:
             await hub.stop()
-            hub.engine.core.check()
+            invariants.check(hub.engine.core)
             assert not hub.engine.stats.failures
 
 

@@ -207,7 +207,7 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
         "a queued watch is forgotten when its range goes to the end of the queue",
         "placement",
         "state.queued[range_] = state.queued.pop(range_)",
-        "state.queued[range_] = dict(list(state.queued.pop(range_).items())[1:])",
+        "state.queued.pop(range_)",
     ),
     Mutant("a stalled session gets progress", "model", " and not self.session.stalled", ""),
     Mutant("a stall is not heard", "core", "self._replayer.stalled(session)", "pass"),

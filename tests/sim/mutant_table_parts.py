@@ -6,6 +6,7 @@ from tests.sim.mutants import Mutant
 
 _CLIENT = "upstream.watching.state"
 _FEED = "upstream.watching.feed"
+_REGISTRATIONS = "upstream.watching.registrations"
 _PROOF = "upstream.watching.proof"
 
 PARTS_MUTANTS: tuple[Mutant, ...] = (
@@ -38,6 +39,42 @@ PARTS_MUTANTS: tuple[Mutant, ...] = (
         _FEED,
         "new = [waiting.pop() for _ in range(self._new)] if held else []",
         "new = [waiting.pop() for _ in range(0)] if held else []",
+    ),
+    Mutant(
+        "a created watch overtakes the refusal of an earlier create",
+        _FEED,
+        """
+        if response.created and creates:
+            return True
+        return same if response.watch_id >= 0 else not response.created
+        """,
+        "return same or (response.watch_id < 0 and not response.created)",
+    ),
+    Mutant(
+        "an answered suspect registers twice",
+        _REGISTRATIONS,
+        "if registration.stream is None and not registration.closed:",
+        "if not registration.closed:",
+    ),
+    # Sources whose watches end in steps.
+    Mutant(
+        "creates that come after the loss of a trunk are refused with it",
+        "losing",
+        "self._prepare_again(trunk)",
+        "[self._refuse(create, reason, left) for create in tuple(trunk.joining)]",
+        two_levels=True,
+    ),
+    Mutant(
+        "a trunk that was lost before a restore is not opened again",
+        "losing",
+        "if trunk.upstream.closed:",
+        "if False:",
+    ),
+    Mutant(
+        "a trunk that is used again keeps its upstream watch below a wider cover",
+        "moving",
+        "if not trunk.is_used:",
+        "if False:",
     ),
     Mutant(
         "a proxy is asked for progress like etcd",

@@ -38,9 +38,9 @@ _LAYOUT = {
     tokenize.DEDENT,
     tokenize.ENDMARKER,
 }
-_FAMILIES = (CORE, STORE, WATCH_STATE, CHOICE, FEED, LINEAGE, DECIDING, ATTEMPTS)
+FAMILIES = (CORE, STORE, WATCH_STATE, CHOICE, FEED, LINEAGE, DECIDING, ATTEMPTS)
 # Modules of a family that is not a package.
-_MEMBERS = {f"upstream.watching.{name}": WATCH_STATE for name in ("proof", "streams", "suspects")}
+_MEMBERS = {f"upstream.watching.{name}": WATCH_STATE for name in ("proof", "registrations", "streams", "suspects")}
 
 
 class Mutant(NamedTuple):
@@ -125,10 +125,14 @@ class _Finder(importlib.abc.MetaPathFinder):
         return importlib.machinery.ModuleSpec(fullname, loader, origin=self._file)
 
 
+def family_of(mutant: Mutant) -> str:
+    """Return the modules that are loaded again together with the mutant's."""
+    return next(family for family in FAMILIES if _belongs(mutant.full_module, family))
+
+
 def load(mutant: Mutant) -> Parts:
     """Return the parts with the bug in one of them. Raises LookupError unless its line occurs exactly once."""
-    name = mutant.full_module
-    family = next(family for family in _FAMILIES if _belongs(name, family))
+    name, family = mutant.full_module, family_of(mutant)
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise LookupError(f"mutant {mutant.name}: there is no module {name}")
@@ -152,7 +156,8 @@ def load(mutant: Mutant) -> Parts:
 
 def _parts(family: str) -> Parts:
     if family == CORE:
-        return replace(REAL, core=importlib.import_module(CORE))
+        core = importlib.import_module(CORE)
+        return replace(REAL, core=core, invariants=importlib.import_module(f"{CORE}.invariants"))
     if family == WATCH_STATE:
         return replace(REAL, watch_state=importlib.import_module(WATCH_STATE))
     if family == CHOICE:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import coalesce
+from coalesce import invariants
 from proxy.auth import queries as queries
 from upstream import attempts
 from upstream.store import errors, recorder, state, watch_batch, watch_requests, watchable
@@ -30,6 +31,8 @@ class Parts:
     """The core, the bundled store, and the decision modules of the watch client and the engine."""
 
     core: ModuleType = coalesce
+    # Of this core: it examines the classes of objects.
+    invariants: ModuleType = invariants
     store: StoreModules = StoreModules()
     watch_state: ModuleType = watch_state
     choice: ModuleType = choice

@@ -14,7 +14,7 @@ import pytest
 import coalesce as real_core
 from tests.sim.mutant_table import MUTANTS
 from tests.sim.mutant_table_upstream import CLIENT_MUTANTS, STORE_MUTANTS
-from tests.sim.mutants import Mutant, load
+from tests.sim.mutants import FAMILIES, Mutant, family_of, load
 from tests.sim.mutation import is_found_by, known_witnesses, search
 from tests.sim.runner import REACHED, Outcome, faults, report, run, run_many, shrink, steps_of
 from upstream.store import watchable
@@ -74,6 +74,15 @@ def test_what_is_under_way_is_not_judged(seed: int) -> None:
 def test_a_deliberate_bug_is_found(mutant: Mutant) -> None:
     witness = known_witnesses().get(mutant.name)
     assert (witness is not None and is_found_by(mutant, witness)) or search(mutant), f"missed: {mutant}"
+
+
+def test_a_change_without_effect_is_not_found() -> None:
+    """Of each family of modules, one is loaded as for a deliberate bug, but its line stays as it is."""
+    of_families = {family_of(mutant): mutant for mutant in MUTANTS if "\n" not in mutant.old}
+    assert set(of_families) == set(FAMILIES)
+    witnesses = known_witnesses()
+    for mutant in of_families.values():
+        assert not is_found_by(mutant._replace(new=mutant.old), witnesses[mutant.name]), mutant
 
 
 def test_the_witnesses_are_of_the_mutants() -> None:

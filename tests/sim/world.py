@@ -546,7 +546,7 @@ class World:
     def check(self) -> None:
         """Have the core check its invariants."""
         self.count("invariant checks")
-        self.core.check()
+        self._parts.invariants.check(self.core)
         self._check_postponed()
         age_s_max = self.config.limits["lagging_age_s_max"]
         for upstream in self.open_upstreams.values():
