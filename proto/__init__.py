@@ -8,3 +8,6 @@ that clients compare. `pb` has etcd's .proto files and the code that `generate` 
 
 `proto` is also the import name of PyPI's proto-plus. This is an application: install it in its own environment.
 """
+
+OWNER = "watchmux"
+"""The start of the program recognises its own package by this line (`proxy/cli`)."""

@@ -47,7 +47,7 @@ def foreign_proto() -> str:
     if os.path.exists(f"{found}/scan.py"):
         # Compared by its content: proto-plus installs into the same directory.
         with open(f"{found}/__init__.py", "rb") as file:
-            if b"proto.pb" in file.read():
+            if b'OWNER = "watchmux"' in file.read():
                 return ""
     own = "python3 -m venv /opt/watchmux && /opt/watchmux/bin/pip install watchmux"
     return (
