@@ -17,6 +17,8 @@ from typing import Final, Protocol, cast
 
 from proto.framing import Status
 from proto.http2 import (
+    LATE_ACK_S_MAX,
+    UPDATE_AND_PING_BYTES,
     Connection,
     ConnectionFailed,
     DataReceived,
@@ -189,6 +191,8 @@ class ClientConnection(asyncio.Protocol):
         # When the unanswered PING was sent; None once any bytes arrived after it.
         self._pinged_at: float | None = None
         self._keepalive: asyncio.TimerHandle | None = None
+        # The acknowledgement of a PING of etcd that is due later.
+        self._late_ack: asyncio.TimerHandle | None = None
         self._settings_timer: asyncio.TimerHandle | None = None
         self._over = False
 
@@ -238,6 +242,8 @@ class ClientConnection(asyncio.Protocol):
 
     def _receive(self, data: bytes) -> None:
         """Receive anything but one whole DATA frame."""
+        if len(data) == UPDATE_AND_PING_BYTES and self._acknowledge(data):
+            return
         if self._first is not None:
             self._first = (self._first + data)[:_FIRST_BYTES_MAX]
             # The first frame must be SETTINGS (RFC 9113 3.4); the type follows the three bytes of length.
@@ -254,6 +260,28 @@ class ClientConnection(asyncio.Protocol):
             self._receiving = False
             if cork is not None:
                 cork.uncork()
+        self._flush()
+
+    def _acknowledge(self, data: bytes) -> bool:
+        """Handle what etcd, a grpc-go server, answers to DATA: a PING that measures the bandwidth; False: it is none.
+
+        Acknowledged at once, each call would have one, and cost a read and a write more. As for clients,
+        `Connection.receive_update_and_ping` decides which can wait: not while much is sent.
+        """
+        self.http2.now = self.heard_at
+        acknowledgement = self.http2.receive_update_and_ping(data)
+        if acknowledgement is None:
+            return False
+        if acknowledgement:
+            self.http2.append(acknowledgement)
+            self._flush()
+        elif self._late_ack is None:
+            self._late_ack = self._loop.call_later(LATE_ACK_S_MAX, self._acknowledge_late)
+        return True
+
+    def _acknowledge_late(self) -> None:
+        self._late_ack = None
+        self.http2.acknowledge_late(self._loop.time())
         self._flush()
 
     def pause_writing(self) -> None:
@@ -530,7 +558,7 @@ class ClientConnection(asyncio.Protocol):
             return
         self._over = True
         self.healthy = False
-        for timer in (self._keepalive, self._settings_timer):
+        for timer in (self._keepalive, self._settings_timer, self._late_ack):
             if timer is not None:
                 timer.cancel()
         failure = self.failure or Unreachable(self.endpoint.text, "the connection was closed", "try again")

@@ -18,7 +18,7 @@ HEADER_TABLE_BYTES_DEFAULT = 4_096
 # that a reset, a PING or another stream's event may have to wait for.
 FRAME_BYTES_SENT_MAX = 65_536
 # How late grpc-go's BANDWIDTH_PING is acknowledged at most. grpc-go sends none until then, so until then an event costs
-# one write, without a read and another write for a PING.
+# one write, without a read and another write for a PING; so does a call on the side of etcd, a grpc-go server.
 LATE_ACK_S_MAX = 1.0
 # It is acknowledged at once if the last acknowledgement is older than this: the timer would cost more than it saves.
 LATE_ACK_GAP_S = 0.25

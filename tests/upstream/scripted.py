@@ -21,6 +21,7 @@ from proto.http2 import (
     Headers,
     HeadersReceived,
     Http2Limits,
+    PingAcknowledged,
     Role,
     Stream,
     StreamReset,
@@ -106,6 +107,8 @@ class ScriptedConnection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.frozen = False
         self.said_goodbye = False
+        # The payloads of acknowledged PINGs.
+        self.acknowledged: list[bytes] = []
         # The number of reads.
         self.heard = 0
 
@@ -132,6 +135,8 @@ class ScriptedConnection(asyncio.Protocol):
                 event.stream.owner.ended = event.code.name
             elif isinstance(event, GoAwayReceived):
                 self.said_goodbye = True
+            elif isinstance(event, PingAcknowledged):
+                self.acknowledged.append(event.payload)
         self.flush()
 
     def _on_headers(self, event: HeadersReceived) -> None:
