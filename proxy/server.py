@@ -148,7 +148,7 @@ class Proxy:
         namespace = self._namespace
         self.reader = AuthReader(self.pool, settings.reader, namespace)
         self.listener = Listener(settings.listener)
-        self.engine = Engine(Coalescer(settings.limits), self.reader, self.listener)
+        self.engine = Engine(Coalescer(settings.limits), self.reader, self.listener.output)
         watch_log = logs.logger("upstream")
         self.upstream = WatchClient(
             self.watch_endpoints or self.endpoints,
@@ -161,11 +161,11 @@ class Proxy:
             self._ids,
             are_proxies=bool(self.watch_endpoints),
             problems=problems,
-            cork=self.listener,
+            cork=self.listener.output,
             on_problem=self._upstream_changed,
             cluster_id=settings.cluster_id,
         )
-        self.pool.cork = self.listener
+        self.pool.cork = self.listener.output
         self.engine.attach(self.upstream)
         self.engine.upstream_changed = self._watches_changed
         self.watches = watch_service.WatchService(self.engine, settings.watch)

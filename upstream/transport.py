@@ -22,11 +22,18 @@ T = TypeVar("T")
 class Cork(Protocol):
     """Collects what a read causes to be written to clients, so that each gets one write."""
 
+    @property
+    def behind(self) -> bool:
+        """Much waits to be written to many clients: pass on no more for many of them."""
+
     def cork(self) -> None:
         """Begin; may be nested."""
 
     def uncork(self) -> None:
         """End; the outermost end writes."""
+
+    def when_written(self, do: Callable[[], None]) -> None:
+        """Call `do` in a later turn of the loop, once that is written."""
 
 
 class ServerAddress(NamedTuple):

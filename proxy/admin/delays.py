@@ -14,8 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from proxy.listening.listener import Listener
-    from proxy.watch.engine import Engine
+    from proxy.listening.write_queue import WriteQueue
 
 BOUNDS_S = (
     *(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
@@ -80,14 +79,13 @@ def quantile(share: float, bounds: tuple[float, ...], counts: list[int]) -> floa
 class DeliveryDelays:
     """Records, after the writes of each turn, the time since the oldest event among them was received."""
 
-    __slots__ = ("_histogram", "_stats", "_unsorted")
+    __slots__ = ("_histogram", "_unsorted")
 
-    def __init__(self, listener: Listener, engine: Engine) -> None:
+    def __init__(self, output: WriteQueue) -> None:
         self._histogram = Histogram()
-        self._stats = engine.delivery.stats
         # Delays not yet in the histogram: code that each single event needs must be fetched into the CPU's cache again.
         self._unsorted: list[float] = []
-        listener.on_flush = self._flushed
+        output.on_written = self._written
 
     @property
     def histogram(self) -> Histogram:
@@ -97,14 +95,10 @@ class DeliveryDelays:
         self._unsorted.clear()
         return self._histogram
 
-    def _flushed(self) -> None:
-        stats = self._stats
-        since = stats.delivering_since
-        if since:
-            stats.delivering_since = 0.0
-            self._unsorted.append(time.perf_counter() - since)
-            if len(self._unsorted) >= UNSORTED_MAX:
-                _ = self.histogram
+    def _written(self, since: float) -> None:
+        self._unsorted.append(time.perf_counter() - since)
+        if len(self._unsorted) >= UNSORTED_MAX:
+            _ = self.histogram
 
 
 class LoopDelay:

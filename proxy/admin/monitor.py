@@ -64,7 +64,7 @@ class Monitor:
         self.limits = limits if whole is None else lambda: whole.limits
         """Returns the limits in force, by setting; 0 means no limit."""
         self._source = SnapshotSource(proxy, address)
-        self._own_deliveries = DeliveryDelays(proxy.listener, proxy.engine)
+        self._own_deliveries = DeliveryDelays(proxy.listener.output)
         self._own_loop = LoopDelay(self._tick)
         self.points: deque[HistoryPoint] = deque(maxlen=STEPS_KEPT)
         self._details: WorkerDetails
@@ -83,7 +83,7 @@ class Monitor:
     def stop(self) -> None:
         """Stop recording."""
         self._own_loop.stop()
-        self._proxy.listener.on_flush = None
+        self._proxy.listener.output.on_written = None
 
     def take(self) -> Snapshot:
         """Take a snapshot now."""

@@ -3,8 +3,8 @@
 It does not interpret its streams: events go to the streams' handlers, new requests to the listener's routes, and a
 connection that does not open with the HTTP/2 preface is handed to the HTTP/1 side with the bytes read so far.
 
-Writes are batched: code that queues output calls `schedule_flush`, and the listener flushes the connection once in a
-turn of the event loop. Output that the transport does not accept waits here in pieces, so that a client that does not
+Writes are batched: code that queues output calls `schedule_flush`, and the write queue flushes the connection once in
+a turn of the event loop. Output that the transport does not accept waits here in pieces, so that a client that does not
 read costs no more than its windows allow.
 """
 
@@ -45,6 +45,7 @@ from proxy.listening.pings import TOO_MANY_PINGS, PingPolicy
 from proxy.listening.settings import REFUSED_AT, ListenerSettings, ListenerStats
 from proxy.listening.sockets import show_address
 from proxy.listening.turns import DeferredHandler, TurnBudget
+from proxy.listening.write_queue import WriteQueue
 
 PIECE_BYTES_COPIED = 4096
 """Pieces of output that are larger than this on average are written without being joined."""
@@ -73,6 +74,7 @@ class ConnectionOwner(Protocol):
     turns: TurnBudget
     leaving: ClosedStreamReaper
     late: LateAcknowledgements
+    output: WriteQueue
     http1: Callable[[asyncio.Transport, bytes], asyncio.Protocol] | None
     draining: bool
 
@@ -84,9 +86,6 @@ class ConnectionOwner(Protocol):
     def opened(self, connection: ServerConnection) -> None: ...
     def gone(self, connection: ServerConnection) -> None: ...
     def route(self, connection: ServerConnection, stream: Stream, headers: Headers, end_stream: bool) -> Any: ...
-    def flush_soon(self, connection: ServerConnection) -> None: ...
-    def cork(self) -> None: ...
-    def uncork(self) -> None: ...
 
 
 class ServerConnection(asyncio.Protocol):
@@ -125,7 +124,7 @@ class ServerConnection(asyncio.Protocol):
     def __init__(self, listener: ConnectionOwner) -> None:
         self.h2 = Connection(Role.SERVER, listener.settings.http2)
         self.dirty = False
-        """A flush is scheduled for the end of this turn."""
+        """A flush is scheduled: for the end of this turn, or for a later one (`WriteQueue`)."""
         self.bulky = False
         """The queued output may be large: write it in parts, without joining all of it first."""
         self.sessions = 0
@@ -194,12 +193,13 @@ class ServerConnection(asyncio.Protocol):
                 if len(data) == UPDATE_AND_PING_BYTES and self._acknowledge(data):
                     return
                 # The answers are written at the end of the read: a flush at the end of the turn costs a callback.
-                self._listener.cork()
+                output = self._listener.output
+                output.cork()
                 try:
                     self._receive(data, left)
                 finally:
                     self.schedule_flush()
-                    self._listener.uncork()
+                    output.uncork()
                 return
             self.h2.defer(data)
             self._take_turns()
@@ -248,11 +248,11 @@ class ServerConnection(asyncio.Protocol):
         self._calls.append(call)
         self._wait()
 
-    def schedule_flush(self) -> None:
-        """Schedule a write of what is queued for the end of this turn of the event loop."""
+    def schedule_flush(self, many: bool = False) -> None:
+        """Schedule a write of what is queued for the end of this turn of the event loop; `many`: see `WriteQueue`."""
         if not self.dirty:
             self.dirty = True
-            self._listener.flush_soon(self)
+            self._listener.output.flush_soon(self, many)
 
     def flush(self) -> None:
         """Write the queued output: in one write, unless it is large."""

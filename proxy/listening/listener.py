@@ -3,9 +3,7 @@
 The path of a new request selects a handler factory; requests without a route go to pass-through. A single connection is
 implemented in `connection`.
 
-Writes are batched: all dirty connections are written at the end of the turn of the event loop, one transport write
-each, so that an event for five hundred streams on twenty connections costs twenty writes. Everything here runs on the
-event loop's thread.
+Everything here runs on the event loop's thread.
 """
 
 from __future__ import annotations
@@ -27,6 +25,7 @@ from proxy.listening.leaving import ClosedStreamReaper
 from proxy.listening.settings import ListenerSettings, ListenerStats
 from proxy.listening.sockets import Listening, listen
 from proxy.listening.turns import TurnBudget, in_parts
+from proxy.listening.write_queue import WriteQueue
 
 if TYPE_CHECKING:
     import ssl
@@ -72,11 +71,7 @@ class Listener:
         self.draining = False
         self._refusals_logged_at = -REFUSALS_LOG_S
         self._refusals_logged = 0
-        self.on_flush: Callable[[], None] | None = None
-        """Called after writes."""
-        self._dirty: list[ServerConnection] = []
-        self.corks = 0
-        """Calls of `cork` without their `uncork`: while there are any, nothing is written."""
+        self.output = WriteQueue(self.stats)
         self._listening: Listening | None = None
         self._servers: list[asyncio.Server] = []
         self._receiver: ConnectionReceiver | None = None
@@ -170,36 +165,6 @@ class Listener:
     def now(self) -> float:
         """The clock of the connections, in seconds; connections read it themselves for each read."""
         return monotonic()
-
-    def flush_soon(self, connection: ServerConnection) -> None:
-        """Schedule a flush of a connection for the end of this turn; called by `ServerConnection.schedule_flush`."""
-        if not (self._dirty or self.corks):
-            self._loop.call_soon(self.flush)
-        self._dirty.append(connection)
-
-    def cork(self) -> None:
-        """Collect the output of a read until `uncork`: a flush at the end of the turn costs a callback for each."""
-        self.corks += 1
-
-    def uncork(self) -> None:
-        """Write, at the outermost end of such a section."""
-        self.corks -= 1
-        if not self.corks and self._dirty:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the queued output now."""
-        dirty = self._dirty
-        self._dirty = []
-        for connection in dirty:
-            try:
-                connection.flush()
-            except Exception:
-                # Any exception: the other connections must still be written.
-                log.exception("write failed; dropping the connection", peer=connection.peer)
-                connection.abort()
-        if self.on_flush is not None:
-            self.on_flush()
 
     def opened(self, connection: ServerConnection) -> None:
         """Add a new connection."""

@@ -15,6 +15,7 @@ from typing import Protocol
 from coalesce.batch import Payload
 from coalesce.effects import Deliver, Effect, Send
 from coalesce.model import Session, Watch
+from proxy.listening.write_queue import PART_CONNECTIONS
 from proxy.watch.outlets import RUN_WATCHES_MIN, DeliveryPlan, Outlet, Output, on_distinct_connections, plan_of
 
 BULKY_BYTES = 8 * 1024
@@ -23,6 +24,9 @@ BULKY_BYTES = 8 * 1024
 TURN_BYTES = 1024 * 1024
 """Each time this much has been queued, it may be written in the middle of a turn: one read from etcd may contain
 hundreds of events for thousands of watches, which would all be in memory before the first byte is written."""
+
+ALONE_MAX = 512
+"""Watches of a payload that is written at once: 10 ms of writes. One for more is queued, and written in parts."""
 
 
 class BackPressure(Protocol):
@@ -40,10 +44,6 @@ class DeliveryStats:
     coalesced: int = 0
     """Payloads that etcd did not have to send, because it had already sent them for another stream."""
 
-    delivering_since: float = 0.0
-    """When the oldest event that waits for the end of this turn was received (time.perf_counter); 0: none waits. The
-    listener reads it there, so that delays are measured without reading the clock for each event."""
-
 
 class Delivery:
     """Carries out the effects that write to clients."""
@@ -57,24 +57,25 @@ class Delivery:
         """When the events of this input were received (time.perf_counter), if delays are measured; otherwise 0."""
 
         self._output = output
-        self._queued_bytes = 0
-        """Bytes queued since the last write in the middle of a turn."""
 
     def deliver(self, effect: Deliver) -> None:
         """Queue one payload for its watches."""
         payload, watches = effect.payload, effect.watches
         count = len(watches)
         plan = plan_of(watches) if count >= RUN_WATCHES_MIN else None
-        sent = self._deliver_each(payload, watches) if plan is None else self._deliver_planned(payload, plan)
-        stats = self.stats
+        many = count > PART_CONNECTIONS
+        if plan is None:
+            sent = self._deliver_each(payload, watches, many)
+        else:
+            sent = self._deliver_planned(payload, plan, many)
+        stats, output = self.stats, self._output
         stats.coalesced += count - 1
         stats.delivered_bytes += sent
-        if not stats.delivering_since:
-            stats.delivering_since = self.received_at
-        self._queued_bytes += sent
-        if self._queued_bytes >= TURN_BYTES:
-            self._queued_bytes = 0
-            self._output.flush()
+        if not output.since:
+            output.since = self.received_at
+        output.queued_bytes += sent
+        if output.queued_bytes >= TURN_BYTES:
+            output.relieve()
 
     def deliver_alone(self, effect: Effect) -> bool:
         """Deliver the only effect of a read, if it is a small payload for watches on different connections.
@@ -86,7 +87,7 @@ class Delivery:
             return False
         payload, watches = effect.payload, effect.watches
         count = len(watches)
-        if payload.size > BULKY_BYTES or not payload.event_count:
+        if payload.size > BULKY_BYTES or not payload.event_count or count > ALONE_MAX:
             return False
         if count > 1 and not on_distinct_connections(watches):
             return False
@@ -96,7 +97,6 @@ class Delivery:
             return False
         size = len(message)
         stats = self.stats
-        stats.delivering_since = self.received_at
         stats.coalesced += count - 1
         for watch in watches:
             outlet: Outlet = watch.outlet
@@ -108,9 +108,9 @@ class Delivery:
                 stats.delivered_bytes += size
             else:
                 self.deliver(Deliver(payload, (watch,)))
-        on_flush = self._output.on_flush
-        if on_flush is not None:
-            on_flush()
+        on_written = self._output.on_written
+        if on_written is not None:
+            on_written(self.received_at)
         return True
 
     def send(self, effect: Send) -> None:
@@ -119,7 +119,7 @@ class Delivery:
         if not outlet.send(effect.message) and not outlet.stalled:
             self._stall(effect.session, outlet)
 
-    def _deliver_each(self, payload: Payload, watches: Sequence[Watch]) -> int:
+    def _deliver_each(self, payload: Payload, watches: Sequence[Watch], many: bool) -> int:
         """Queue a payload for watches one by one; return the number of bytes."""
         pieces_of = payload.pieces
         sent = 0
@@ -134,7 +134,7 @@ class Delivery:
                 continue
             connection = outlet.connection
             if not connection.dirty:
-                connection.schedule_flush()
+                connection.schedule_flush(many)
             if watch.watch_id != watch_id:
                 # Most clients have one watch per stream, with the id 0: then this is done once.
                 watch_id = watch.watch_id
@@ -147,21 +147,21 @@ class Delivery:
                 self._stall(watch.session, outlet)
         return sent
 
-    def _deliver_planned(self, payload: Payload, plan: DeliveryPlan) -> int:
+    def _deliver_planned(self, payload: Payload, plan: DeliveryPlan, many: bool) -> int:
         """Queue a payload connection by connection; the hot loop is inside `send_each`."""
-        sent = self._deliver_each(payload, plan.apart)
+        sent = self._deliver_each(payload, plan.apart, many)
         for run in plan.runs:
             columns = payload.columns(run.ids)
             size = len(columns[0][0]) if len(columns) == 1 else sum(len(column[0]) for column in columns)
             connection = run.connection
             if not connection.dirty:
-                connection.schedule_flush()
+                connection.schedule_flush(many)
             if size > BULKY_BYTES:
                 connection.bulky = True
             left = connection.h2.send_each(run.together, columns, size)
             sent += size * (len(run.watches) - len(left))
             if left:
-                sent += self._deliver_each(payload, [run.watches[place] for place in left])
+                sent += self._deliver_each(payload, [run.watches[place] for place in left], many)
         return sent
 
     def _stall(self, session: Session, outlet: Outlet) -> None:

@@ -207,7 +207,7 @@ class Engine:
         # The same as in `_input`, except that each client gets one write at the end, and the payload of a read that
         # brought only one is written at once.
         output = self._output
-        if output.on_flush is not None:
+        if output.on_written is not None:
             self.delivery.received_at = time.perf_counter()
         self._busy = True
         try:

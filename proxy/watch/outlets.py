@@ -38,15 +38,16 @@ class Outlet(Protocol):
 
 
 class Output(Protocol):
-    """What is queued for all clients; implemented by `listening.listener.Listener`."""
+    """What is queued for all clients; implemented by `listening.write_queue.WriteQueue`, which describes all of it."""
 
-    on_flush: Callable[[], None] | None
-    """Called after writes; set if the delay of events is measured."""
+    on_written: Callable[[float], None] | None
+    since: float
+    queued_bytes: int
     corks: int
 
     def cork(self) -> None: ...
     def uncork(self) -> None: ...
-    def flush(self) -> None: ...
+    def relieve(self) -> None: ...
 
 
 class ConnectionBatch:

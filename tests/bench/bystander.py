@@ -2,8 +2,9 @@
 
 It has the same watch at etcd, to show how much of a delay is that of the put and of the machine. Arguments: the port of
 the target, the endpoint of etcd. For each line on standard input it prints the largest delay since the last one at the
-target and at etcd, in milliseconds. A delay ends when the event is in the bystander's socket, by the kernel, so that
-the time until this process reads it does not count; an event that has not arrived counts with its age.
+target and at etcd, and by how much an event came later from the target than from etcd, in milliseconds. A delay ends
+when the event is in the bystander's socket, by the kernel, so that the time until this process reads it does not count;
+an event that has not arrived counts with its age.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ class Watcher(RawClient):
         self.arrivals = arrivals
         self.arrived_ns = 0
         """When what is read now arrived."""
-        self.received = 0
-        self.latest_ns = 0
+        self.delays_ns: list[int] = []
+        """Of all events."""
+        self.looked_at = 0
+        """How many of them were examined by `latest_ms`."""
         self.written = written
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -61,15 +64,15 @@ class Watcher(RawClient):
         at = data.find(MARKER, start, end)
         while kind == DATA and at >= 0:
             begin = at + len(MARKER)
-            self.received += 1
-            self.latest_ns = max(self.latest_ns, self.arrived_ns - int(data[begin : begin + STAMP_DIGITS]))
+            self.delays_ns.append(self.arrived_ns - int(data[begin : begin + STAMP_DIGITS]))
             at = data.find(MARKER, begin, end)
 
     def latest_ms(self) -> float:
         """Return the largest delay since the last call; a missing event counts with its age."""
-        latest_ns, self.latest_ns = self.latest_ns, 0
-        if self.received < len(self.written):
-            latest_ns = max(latest_ns, time.monotonic_ns() - self.written[self.received])
+        latest_ns = max(self.delays_ns[self.looked_at :], default=0)
+        self.looked_at = received = len(self.delays_ns)
+        if received < len(self.written):
+            latest_ns = max(latest_ns, time.monotonic_ns() - self.written[received])
         return latest_ns / 1e6
 
 
@@ -96,8 +99,12 @@ async def run(port: int, endpoint: str) -> None:
             await asyncio.sleep(EVERY_S)
 
     writing = loop.create_task(write())
+    at_target, at_etcd = watchers
     while await orders.readline():
-        sys.stdout.write(" ".join(str(watcher.latest_ms()) for watcher in watchers) + "\n")
+        since = min(at_target.looked_at, at_etcd.looked_at)
+        pairs = zip(at_target.delays_ns[since:], at_etcd.delays_ns[since:], strict=False)
+        later_ms = max((ours - etcds for ours, etcds in pairs), default=0) / 1e6
+        sys.stdout.write(f"{at_target.latest_ms()} {at_etcd.latest_ms()} {later_ms}\n")
         sys.stdout.flush()
     writing.cancel()
 

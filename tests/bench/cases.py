@@ -302,6 +302,7 @@ CASES = {
         _many("many-10k", 34, 300, 200, 60, targets=PEERS),
         _many("many-100k", 34, 3000, 200, 120, targets=PEERS),
         _many("many-1m", 334, 3000, 60, 240, targets=(OURS,), more=("etcd", PEER)),
+        _many("many-wide", 3500, 50, 8, 60, targets=(OURS,), more=("etcd", PEER), is_default=False),
         _many("many-10m", 3500, 3000, 8, 900, targets=(OURS,), more=("etcd", PEER), is_default=False),
         _calls("put", 1, 2000),
         _calls("put", 64, 12_000),

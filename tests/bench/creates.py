@@ -136,7 +136,7 @@ async def main(clients: int, keys: int) -> None:
     listener, store, turns = Listener(), Store(), Turns()
     listener._loop = store.loop
     core = Coalescer(CoreLimits(watches_max=clients * keys, watches_per_session_max=keys))
-    store.engine = engine = Engine(core, AuthReader(cast(Any, store)), listener)
+    store.engine = engine = Engine(core, AuthReader(cast(Any, store)), listener.output)
     engine.attach(cast(Any, store))
     listener.routes[PATH] = WatchService(engine).open
     requests = (rpc_pb2.WatchRequest(create_request=rpc_pb2.WatchCreateRequest(key=key_of(key))) for key in range(keys))

@@ -60,7 +60,7 @@ async def child(connections: int, streams: int, answers: bool, deliver: bool) ->
     upstream.watching.call.TURN_S = 1e9  # type: ignore[misc]  # a constant of the product
     with EtcdServer(current()) as etcd:
         async with proxy_for(etcd) as proxy, direct(etcd) as store:
-            DeliveryDelays(proxy.listener, proxy.engine)
+            DeliveryDelays(proxy.listener.output)
             peers = [await RawClient.connect(proxy.port) for _ in range(connections)]
             opened = [peer.watch() for peer in peers for _ in range(streams)]
             for watch in opened:

@@ -243,10 +243,10 @@ def writing(listener: Listener) -> tuple[Lane, Lane]:
 
     def queue(_: int) -> None:
         wide()
-        listener.cork()
+        listener.output.cork()
         connection.schedule_flush()
         h2.send(stream, (message,), size)
-        listener.uncork()
+        listener.output.uncork()
 
     def write(_: int) -> None:
         wide()
@@ -258,10 +258,10 @@ def writing(listener: Listener) -> tuple[Lane, Lane]:
     def take(data: bytes) -> None:
         wide()
         turns.left = 1 << 30
-        listener.cork()
+        listener.output.cork()
         connection._receive(data, 1 << 30)
         connection.schedule_flush()
-        listener.uncork()
+        listener.output.uncork()
 
     def acknowledge(_: int) -> None:
         wide()

@@ -53,11 +53,14 @@ class Bystander(_Child):
     def __init__(self, target: Target, endpoint: str) -> None:
         super().__init__([PYTHON, "-m", "tests.bench.bystander", str(target.port), endpoint])
 
-    def latest_ms(self) -> tuple[float, float]:
-        """Return the largest delay of its events since the last call: at the target, and at etcd."""
+    def latest_ms(self) -> tuple[float, float, float]:
+        """Return the largest delay of its events since the last call: at the target, at etcd, and the difference.
+
+        The difference is the largest of the same event, so it is the target's, whatever etcd and the machine add.
+        """
         self.go()
-        at_target, at_etcd = map(float, self.line().split())
-        return at_target, at_etcd
+        at_target, at_etcd, later = map(float, self.line().split())
+        return at_target, at_etcd, later
 
 
 class Load(_Child):
@@ -127,7 +130,8 @@ def measure(case: Case, target: Target, endpoint: str, files: Certificates) -> F
                 if bystander is not None:
                     figures["create_cpu_us"] = 1e6 * (before_s - created_s) / case.watch_count
                     figures["watch_kib"] = 1024 * (target.memory_mib() - figures["base_mib"]) / case.watch_count
-                    figures["late_create_ms"], figures["etcd_late_create_ms"] = bystander.latest_ms()
+                    names = ("late_create_ms", "etcd_late_create_ms", "later_create_ms")
+                    figures |= dict(zip(names, bystander.latest_ms(), strict=True))
                 each_s = target.cpu_each_s()
                 if case.kind is Kind.FANOUT:
                     write(case, endpoint, case.behind, case.writes, case.rate)
@@ -136,7 +140,8 @@ def measure(case: Case, target: Target, endpoint: str, files: Certificates) -> F
             if target.name == WORKERS:
                 figures |= _by_process(case, [s - was for s, was in zip(target.cpu_each_s(), each_s, strict=True)])
         if bystander is not None:
-            figures["late_ms"], figures["etcd_late_ms"] = bystander.latest_ms()
+            names = ("late_ms", "etcd_late_ms", "later_ms")
+            figures |= dict(zip(names, bystander.latest_ms(), strict=True))
         figures["memory_mib"] = target.memory_mib()
         figures["pss_mib"] = target.pss_mib()
         figures["peak_mib"] = target.peak_mib()

@@ -10,6 +10,7 @@ from tests.upstream.stories import Opened
 from tests.waiting import until_async
 from upstream.endpoints import parse_endpoints
 from upstream.settings import UpstreamSettings
+from upstream.transport import Cork
 from upstream.watching.client import WatchClient
 from upstream.watching.stream import OpenedWatch
 
@@ -99,9 +100,10 @@ async def watching(
     settings: UpstreamSettings | None = None,
     log: RecordedLog | None = None,
     on_problem: Callable[[], None] | None = None,
+    cork: Cork | None = None,
 ) -> AsyncIterator[WatchClient]:
     """Run a watch client."""
-    client = WatchClient(parse_endpoints(endpoints), listener, settings, log=log, on_problem=on_problem)
+    client = WatchClient(parse_endpoints(endpoints), listener, settings, log=log, on_problem=on_problem, cork=cork)
     client.start()
     try:
         yield client

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -310,18 +310,57 @@ async def test_what_follows_in_a_read_waits_while_a_backfill_pauses() -> None:
             assert seen.revisions(fill) == revisions
 
 
+class Ordered(Recorder):
+    """Records the events of all watches in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: list[tuple[OpenedWatch, int]] = []
+
+    def received(self, watch: OpenedWatch, response: WatchResponse) -> None:
+        super().received(watch, response)
+        self.order += [(watch, event.revision) for event in response.events]
+
+
+class Unwritten:
+    """A `Cork`: after an event for many clients, what it caused is written when the test says so."""
+
+    def __init__(self) -> None:
+        self.behind = False
+        self.waiting: list[Callable[[], None]] = []
+
+    def cork(self) -> None:
+        pass
+
+    def uncork(self) -> None:
+        pass
+
+    def when_written(self, do: Callable[[], None]) -> None:
+        self.waiting.append(do)
+
+
+async def test_events_for_many_wait_until_earlier_ones_are_written() -> None:
+    async with scripted() as etcd:
+        seen, cork = Ordered(), Unwritten()
+        many, few = Opened(b"a", watchers=MANY_CLIENTS), Opened(b"b", watchers=MANY_CLIENTS - 1)
+        async with watching(etcd.endpoint, seen, cork=cork) as client:
+            client.open(many)
+            client.open(few)
+            await until_async(lambda: seen.created(few), "two watches")
+            [call] = etcd.watches()
+            cork.behind = True
+            for watch_id, revision in ((0, 11), (1, 12), (0, 13), (1, 14)):
+                call.send_raw(frame(event_of(watch_id, revision)))
+            await until_async(lambda: seen.order == [(few, 12), (few, 14)], "the events for few")
+            await until_async(lambda: len(cork.waiting) == 1, "the others to wait")
+            cork.behind = False
+            cork.waiting.pop()()
+            await until_async(lambda: seen.order[2:] == [(many, 11), (many, 13)], "the events for many")
+            assert not cork.waiting
+
+
 async def test_events_for_many_clients_wait_in_a_long_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("upstream.watching.call.TURN_S", -1.0)
-
-    class Ordered(Recorder):
-        def __init__(self) -> None:
-            super().__init__()
-            self.order: list[tuple[OpenedWatch, int]] = []
-
-        def received(self, watch: OpenedWatch, response: WatchResponse) -> None:
-            super().received(watch, response)
-            self.order += [(watch, event.revision) for event in response.events]
-
     async with scripted() as etcd:
         seen = Ordered()
         many, few = Opened(b"a", watchers=MANY_CLIENTS), Opened(b"b", watchers=MANY_CLIENTS - 1)

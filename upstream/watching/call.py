@@ -1,7 +1,8 @@
 """The call that carries one `WatchStream`: from DATA to responses, flow control, and holding data while paused.
 
 One read of a socket can bring events for a million watches of clients. Once a turn has lasted for TURN_S, events of
-upstream watches that serve many clients wait for the next turn, and those of others overtake them.
+upstream watches that serve many clients wait for the next turn, and those of others overtake them. They also wait while
+earlier events for many clients are being written (`Cork.behind`).
 """
 
 from __future__ import annotations
@@ -176,7 +177,9 @@ class UpstreamWatchCall:
             clients = self._clients if not stream.held else _no_clients
             responses = feed.step(clients) if data is None else feed.feed(data)
             in_order: Iterable[WatchResponse] = responses
-            if data is not None and (len(responses) > 1 or self._loop.time() >= late_at):
+            cork = connection.cork
+            behind = cork is not None and cork.behind
+            if data is not None and (behind or len(responses) > 1 or self._loop.time() >= late_at):
                 in_order = feed.pass_on(joined(responses, clients), partial(self._waits, late_at))
             for response in in_order:
                 if call.ended:
@@ -194,10 +197,24 @@ class UpstreamWatchCall:
             self._loop.call_soon(self._go_on)
 
     def _waits(self, late_at: float, response: WatchResponse) -> bool:
-        """Return whether the stream is paused, or it is later than `late_at` and the events are for many clients."""
-        if self._stream.paused or self._loop.time() < late_at:
+        """Return whether the stream is paused, or the events are for many clients and it is late or much is unwritten.
+
+        It is late at `late_at`.
+        """
+        if self._stream.paused or not (self._unwritten or self._loop.time() >= late_at):
             return self._stream.paused
         return response.plain and self._clients(response.watch_id) >= MANY_CLIENTS
+
+    @property
+    def _unwritten(self) -> bool:
+        """Events for many clients are being written."""
+        cork = self.call.connection.cork if self.call is not None else None
+        return cork is not None and cork.behind
+
+    def _next_is_for_many(self) -> bool:
+        """Return whether the next response that waits is for many clients."""
+        watch_id = self._feed.waiting[0].watch_id if self._feed.waiting else None
+        return watch_id is not None and self._clients(watch_id) >= MANY_CLIENTS
 
     def _clients(self, watch_id: int) -> int:
         """Return how many clients the watch of this id serves; 0 if it is not known."""
@@ -210,13 +227,19 @@ class UpstreamWatchCall:
         call = self.call
         if call is None or self._stream.paused:
             return
-        end = self._loop.time() + TURN_S
         cork = call.connection.cork
+        if cork is not None and cork.behind and self._next_is_for_many():
+            self._goes_on = True
+            cork.when_written(self._go_on)
+            return
+        end = self._loop.time() + TURN_S
         if cork is not None:
             cork.cork()
         try:
             self._take(call)
             while self._feed.has_next and self._loop.time() < end and self.call is not None and not self._stream.paused:
+                if self._unwritten and self._next_is_for_many():
+                    break
                 self._take(call)
         finally:
             if cork is not None:

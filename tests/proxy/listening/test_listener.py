@@ -128,11 +128,11 @@ async def test_output_of_a_read_is_flushed_at_its_end() -> None:
             call.send(b"x")
             assert await call.next() == b"x"
         before = rig.listener.stats.writes
-        rig.listener.cork()
+        rig.listener.output.cork()
         for handler in rig.handlers:
             handler.call.write(frame(b"event"))
         assert rig.listener.stats.writes == before
-        rig.listener.uncork()
+        rig.listener.output.uncork()
         assert rig.listener.stats.writes == before + 1
         rig.handlers[0].call.write(frame(b"later"))
         assert rig.listener.stats.writes == before + 1
@@ -180,7 +180,7 @@ async def test_large_output_is_written_before_the_turn_ends(connections: int) ->
         before = rig.listener.stats.writes
         for handler in rig.handlers:
             handler.call.write(frame(b"event"))
-        rig.listener.flush()
+        rig.listener.output.flush()
         assert rig.listener.stats.writes == before + connections
         for call in calls:
             assert await call.next() == b"event"

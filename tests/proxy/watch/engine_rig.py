@@ -168,6 +168,7 @@ class FakeOutlet:
         self.on_end: Callable[[], None] = lambda: None
         self.stalled = False
         self.touched = 0
+        self.in_parts = 0
         self.runs = 0
         self.stream: Any = self
         self.written: list[bytes] = []
@@ -178,8 +179,9 @@ class FakeOutlet:
         """Count the call."""
         self.asked_on += 1
 
-    def schedule_flush(self) -> None:
+    def schedule_flush(self, many: bool = False) -> None:
         self.touched += 1
+        self.in_parts += many
         self.connection.dirty = True
 
     def send(self, *arguments: Any) -> bool:
@@ -215,7 +217,9 @@ class FakeOutput:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.corks = 0
-        self.on_flush: Callable[[], None] | None = lambda: self.calls.append("wrote")
+        self.since = 0.0
+        self.queued_bytes = 0
+        self.on_written: Callable[[float], None] | None = lambda _since: self.calls.append("wrote")
         self.written: Callable[[], None] = lambda: None
         """Called at each flush, also that of the last uncork."""
 
@@ -229,8 +233,9 @@ class FakeOutput:
         if not self.corks:
             self.written()
 
-    def flush(self) -> None:
-        self.calls.append("flush")
+    def relieve(self) -> None:
+        self.calls.append("relieve")
+        self.queued_bytes = 0
         self.written()
 
 

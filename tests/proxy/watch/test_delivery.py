@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import weakref
 
+import pytest
+
 from coalesce.effects import Deliver, Send
 from coalesce.model import Group, GroupWatches
-from proxy.watch.delivery import BULKY_BYTES, TURN_BYTES
+from proxy.listening.settings import ListenerStats
+from proxy.listening.write_queue import PART_CONNECTIONS, WriteQueue
+from proxy.watch.delivery import ALONE_MAX, BULKY_BYTES, TURN_BYTES
+from proxy.watch.engine import Engine
 from proxy.watch.outlets import RUN_WATCHES_MIN
-from tests.proxy.watch.engine_rig import SPOKEN, TRUNK, FakeOutlet, Rig, payload_of, watch_of
+from tests.proxy.watch.engine_rig import SPOKEN, TRUNK, FakeConnection, FakeOutlet, Rig, payload_of, watch_of
 
 
 async def test_a_payload_goes_to_each_watch_under_its_id() -> None:
@@ -66,7 +72,7 @@ async def test_payloads_that_can_be_joined_are_queued() -> None:
         for outlet in outlets:
             outlet.connection.dirty = False
 
-    rig.output.on_flush = None
+    rig.output.on_written = None
     rig.output.written = written
     outlets[2].connection = outlets[0].connection
     watches = [watch_of(outlet) for outlet in outlets]
@@ -228,3 +234,64 @@ async def test_a_blocked_control_answer_is_a_stall() -> None:
     rig.engine.progress(watch.session)
     assert outlet.sent == [b"1", b"2"]
     assert rig.core.names() == ["progress", "stalled", "undelivered"]
+
+
+@pytest.mark.parametrize("more", [0, 1])
+async def test_a_payload_for_very_many_is_not_written_at_once(more: int) -> None:
+    """It is queued, and the connections are written in parts."""
+    rig = Rig()
+    outlets = [FakeOutlet(9) for _ in range(ALONE_MAX + more)]
+    watches = GroupWatches(map(watch_of, outlets))
+    # The plan is known from the second payload on.
+    for text in (b"a", b"b", b"c"):
+        for outlet in outlets:
+            outlet.connection.dirty = False
+        rig.script("upstream_response", Deliver(payload_of(text), watches))
+        rig.engine.received(TRUNK, SPOKEN)
+    assert {len(outlet.written) for outlet in outlets} == {1 - more}
+    assert {outlet.in_parts for outlet in outlets} == {2 + more}
+    assert {len(outlet.sent) for outlet in outlets} == {3}
+
+
+@pytest.mark.parametrize("more", [0, 1])
+async def test_payloads_for_few_come_before_those_for_many(more: int) -> None:
+    """Also when one read brings both, and when it brings so much that the output is written in the middle of it."""
+    rig = Rig()
+    written: list[FakeOutlet] = []
+    queue = WriteQueue(ListenerStats())
+
+    class Writing(FakeConnection):
+        """A connection that is written by the queue."""
+
+        def __init__(self, outlet: FakeOutlet) -> None:
+            super().__init__(outlet)
+            self.outlet, self.peer = outlet, ""
+            self.schedule_flush = lambda many=False: queue.flush_soon(self, many)
+
+        def flush(self) -> None:
+            written.append(self.outlet)
+
+        def abort(self) -> None:
+            raise AssertionError("a write failed")
+
+    outlets = [FakeOutlet(9) for _ in range(PART_CONNECTIONS + more)]
+    bystander = FakeOutlet(9)
+    for outlet in (*outlets, bystander):
+        outlet.connection = Writing(outlet)
+    engine = Engine(rig.core, rig.reader, queue)  # type: ignore[arg-type]  # stand-ins
+    large = payload_of(bytes(TURN_BYTES // PART_CONNECTIONS))
+    rig.script(
+        "upstream_response",
+        Deliver(large, [watch_of(outlet) for outlet in outlets]),
+        Deliver(payload_of(b"b"), [watch_of(bystander)]),
+    )
+    engine.received(TRUNK, SPOKEN)
+    if more:
+        assert written == [bystander, *outlets[:PART_CONNECTIONS]]
+        assert queue.behind
+        await asyncio.sleep(0)
+        assert written[1:] == outlets
+    else:
+        # They are one part, and are written before more is queued.
+        assert written == [*outlets, bystander]
+    assert not queue.behind
