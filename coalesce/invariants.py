@@ -24,7 +24,7 @@
 14. A queued read exists only while another one is in flight, and no create waits for a read that is not scheduled.
 15. Reported progress is true: no event below the progress that a watch was sent is still to come for it.
 16. A session that waits for progress has watches, and the timer is set; a blocked session is listed under the trunk
-    that blocks it.
+    that blocks it, and the sessions that are to be checked in a later step wait.
 17. The gauges equal a recount.
 18. Nothing that has ended is listed anywhere, except watches of sessions that have just ended, which the timer removes.
 19. Between two timers no more events of the histories are examined than allowed, except for one session's share.
@@ -132,6 +132,7 @@ def _check_progress(session: Session, waiters: ProgressWaiters, progress: Progre
         _need(16, progress.next_deadline() is not None, "no timer for a session that waits for progress")
     if session.progress_blocker is not None:
         _need(16, waiters.is_listed(session), "a blocked session is not listed under its trunk")
+    _need(16, session in waiters.sessions or session not in waiters.to_check, "a session that does not wait is checked")
 
 
 def _check_head(state: CoreState, session: Session) -> None:

@@ -45,8 +45,8 @@ _NEVER = float("inf")
 _OVERDUE = 1.2
 # The fraction of the pace for which a round on a busy trunk waits for fresh progress.
 _PATIENCE = 0.05
-# Maximum watches that get progress in one step, and trunks that are examined; the rest waits for the next timer, which
-# is due at once.
+# Maximum watches that get progress in one step, and trunks whose rounds are examined or begin; the rest waits for the
+# next timer, which is due at once.
 WATCHES_PER_STEP = 1000
 _TRUNK_OF = attrgetter("trunk")
 
@@ -111,7 +111,7 @@ def _is_quiet(watch: Watch, round_revision: int) -> bool:
 class ProgressNotifier:
     """Makes rounds of progress over the watches that asked for it."""
 
-    __slots__ = ("_requests", "_rounds", "_state", "_waiters", "pace")
+    __slots__ = ("_proven", "_requests", "_rounds", "_state", "_waiters", "pace")
 
     def __init__(self, state: CoreState, waiters: ProgressWaiters, requests: ProgressRequests) -> None:
         self._state = state
@@ -120,6 +120,8 @@ class ProgressNotifier:
         self.pace = NotifyInterval()
         # Unfinished rounds: the remaining watches, and the trunk's revision at the round before.
         self._rounds: deque[tuple[Iterator[Watch], int]] = deque()
+        # Notices whose progress may have arrived.
+        self._proven: dict[NotifiedWatches, None] = {}
 
     def began(self, watch: Watch) -> None:
         """Add a new watch, if it asked for progress_notify."""
@@ -139,6 +141,7 @@ class ProgressNotifier:
             notices.remove(watch)
             if not notices.watches:
                 self._waiters.rounds.pop(notices, None)
+                self._proven.pop(notices, None)
                 self._state.notices.stop(notices)
                 watch.trunk.notices = None
 
@@ -152,27 +155,36 @@ class ProgressNotifier:
         trunk.noticed_events = trunk.events
         if trunk.notices is not None and not trunk.opening:
             self._round(trunk.notices)
+            self._deliver()
 
     def settle(self, trunks: Sequence[Trunk] | None = None) -> None:
-        """Make the rounds whose progress has arrived: of these trunks, or (None) of all."""
-        moved = tuple(self._waiters.rounds) if trunks is None else [trunk.notices for trunk in trunks]
-        for notices in moved:
-            if (
-                notices is not None
-                and notices in self._waiters.rounds
-                and self._waiters.is_fresh(notices.trunk.next_revision - 1, notices.needs)
-            ):
+        """Make the rounds whose progress has arrived, of these trunks or (None) of all, as many as one step allows."""
+        rounds = self._waiters.rounds
+        if trunks is None:
+            self._proven.update(rounds)
+        elif rounds:
+            all_notices = (trunk.notices for trunk in trunks)
+            self._proven.update((notices, None) for notices in all_notices if notices is not None and notices in rounds)
+        self._settle_some()
+        self._deliver()
+
+    def _settle_some(self) -> None:
+        for notices in list(islice(self._proven, WATCHES_PER_STEP)):
+            del self._proven[notices]
+            waits = notices in self._waiters.rounds
+            if waits and self._waiters.is_fresh(notices.trunk.next_revision - 1, notices.needs):
                 self._round(notices)
 
     def next_deadline(self) -> float | None:
         """Return when `expire` is due."""
-        return self._state.now if self._rounds else self._state.notices.next_deadline()
+        return self._state.now if self._rounds or self._proven else self._state.notices.next_deadline()
 
     def expire(self) -> None:
         """Continue rounds that were too large for one step, and start those that are due."""
-        self._deliver()
+        self._settle_some()
         for notices in islice(self._state.notices.due(self._state.now), WATCHES_PER_STEP):
             self._look(notices)
+        self._deliver()
 
     def _look(self, notices: NotifiedWatches) -> None:
         """If a round is due, make it, or request the progress it needs."""
@@ -210,10 +222,9 @@ class ProgressNotifier:
         state.notices.start(notices, state.now + patience_s)
 
     def _round(self, notices: NotifiedWatches) -> None:
-        """Send progress to the quiet watches of a trunk."""
+        """Begin a round: the quiet watches of a trunk are to get progress."""
         self._rounds.append((iter(notices.candidates()), notices.round_revision))
         self._end_round(notices)
-        self._deliver()
 
     def _end_round(self, notices: NotifiedWatches) -> None:
         trunk = notices.trunk

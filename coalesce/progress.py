@@ -23,6 +23,7 @@ does. Of several waiting requests, all but the first and the last are merged.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from coalesce.model import Session, Trunk, Watch
 from coalesce.notifying import ProgressNotifier
@@ -33,6 +34,9 @@ from proto.scan import Header
 
 # How many times within bookmark_s old bookmarks are looked for: etcd may drop one or two requests.
 _LOOKS = 4
+
+# To prove a trunk takes as long as to examine so many watches.
+PROVEN_WATCHES: Final = 5
 
 TRUNKS_PER_LOOK_MAX = 10_000
 """Maximum trunks that are examined for old bookmarks in one step: 0.1 us of CPU for each."""
@@ -92,7 +96,7 @@ class Progress:
     def answered(self, trunks: Sequence[Trunk], header: Header, number: int) -> None:
         """Handle an answer to request `number`, which has proven these trunks or backfills of them."""
         is_news = bool(number) and self._waiters.learn(number, header.revision)
-        self._settle(None if is_news else trunks)
+        self._settle(None if is_news else trunks, PROVEN_WATCHES * len(trunks))
         self._requests.go_on()
 
     def notified(self, trunk: Trunk) -> None:
@@ -100,19 +104,20 @@ class Progress:
         if self._waiters.sessions:
             self._settle((trunk,))
 
-    def _settle(self, trunks: Sequence[Trunk] | None = None) -> None:
+    def _settle(self, trunks: Sequence[Trunk] | None = None, spent: int = 0) -> None:
         """Answer the sessions that can be answered now: those that these trunks blocked, or (None) all.
 
-        Nothing must have been delivered yet in this input.
+        Nothing must have been delivered yet in this input. `spent`: see `ProgressWaiters.answer`.
         """
         waiters = self._waiters
         if self._state.restored is not None:
             # Repeated by timer.
             return
         if trunks is None:
-            waiters.answer_all()
+            waiters.check_all()
         else:
             waiters.moved(trunks)
+        waiters.answer(spent)
         self._notifying.settle(trunks)
         if not waiters.sessions and not waiters.rounds:
             waiters.targets.clear()
@@ -121,6 +126,8 @@ class Progress:
 
     def next_deadline(self) -> float | None:
         """Return when `expire` is due."""
+        if self._waiters.to_check:
+            return self._state.now
         at = self._requests.next_deadline()
         if at is None or (self._bookmark_at is not None and self._bookmark_at < at):
             return self._bookmark_at
@@ -128,6 +135,7 @@ class Progress:
 
     def expire(self) -> None:
         """Do what is due."""
+        self._waiters.answer()
         if self._bookmark_at is not None and self._bookmark_at <= self._state.now:
             self._look_at_bookmarks()
         self._requests.expire()

@@ -2,19 +2,28 @@
 
 With auth on each token has an upstream stream of its own, so one request for progress can have thousands of answers,
 one after the other. A session that cannot be answered yet is listed under a trunk that blocks it, and is checked again
-when that trunk has advanced; all sessions are checked only when a new freshness target is learnt, and by timer.
+when that trunk has advanced; all sessions are checked only when a new freshness target is learnt, and by timer. Each
+step checks a part of them, with what is proven by then; the rest follows at the next timers, which are due at once.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from operator import length_hint
+from typing import Final
 
 from coalesce.inputs import NO_WATCH_ID
-from coalesce.model import Blocker, NotifiedWatches, Session, Trunk, Watch
+from coalesce.model import Blocker, Group, NotifiedWatches, Session, Trunk, Watch
 from coalesce.state import CoreState
 
 _TARGETS_MAX = 64
+CHECKED_WATCHES_MAX: Final = 10_000
+"""Watches that are examined in one step to answer sessions, or those of one session: 0.1 us of CPU for each."""
+
+ANSWERED_SESSIONS_MAX: Final = 200
+"""Sessions that are checked in one step: to answer one takes 10 us of CPU, with what the shell does."""
 
 
 class FreshnessTargets:
@@ -57,11 +66,13 @@ class FreshnessTargets:
 class ProgressWaiters:
     """The sessions with progress_needs, and the rounds of progress_notify that wait for progress."""
 
-    __slots__ = ("_state", "_under", "rounds", "sessions", "targets")
+    __slots__ = ("_state", "_under", "rounds", "sessions", "targets", "to_check")
 
     def __init__(self, state: CoreState) -> None:
         self._state = state
         self.sessions: dict[Session, None] = {}
+        # Those of them that may be answered now.
+        self.to_check: dict[Session, None] = {}
         # Notices whose round waits for progress.
         self.rounds: dict[NotifiedWatches, None] = {}
         self.targets = FreshnessTargets()
@@ -77,6 +88,7 @@ class ProgressWaiters:
         """Remove a session and its requests."""
         session.progress_needs = ()
         self.sessions.pop(session, None)
+        self.to_check.pop(session, None)
         self.unblock(session)
 
     def is_listed(self, session: Session) -> bool:
@@ -89,10 +101,26 @@ class ProgressWaiters:
         target = self.targets.of(needs)
         return target is not None and target <= revision
 
-    def answer_all(self) -> None:
-        """Answer all sessions that can be answered. Nothing must have been delivered yet in this input."""
-        for session in tuple(self.sessions):
-            self._answer(session)
+    def check_all(self) -> None:
+        """Let all sessions be checked."""
+        self.to_check.update(self.sessions)
+
+    def moved(self, trunks: Iterable[Trunk]) -> None:
+        """Let the sessions be checked that these trunks blocked, which have advanced."""
+        for trunk in trunks:
+            self.to_check.update(self._under.get(trunk, ()))
+
+    def answer(self, spent: int = 0) -> None:
+        """Answer those of the sessions to be checked that can be answered, as many as one step allows.
+
+        Nothing must have been delivered yet in this input. `spent`: what it has cost so far, in watches.
+        """
+        left = CHECKED_WATCHES_MAX - spent
+        for session in list(islice(self.to_check, ANSWERED_SESSIONS_MAX)):
+            if left < len(session.watches) and left < CHECKED_WATCHES_MAX:
+                return
+            del self.to_check[session]
+            left -= self._answer(session)
 
     def learn(self, number: int, revision: int) -> bool:
         """Record a target, see `FreshnessTargets`. True: a lower revision may be enough than was known before."""
@@ -107,24 +135,20 @@ class ProgressWaiters:
         for session in self.sessions:
             session.progress_blocker = None
 
-    def moved(self, trunks: Iterable[Trunk]) -> None:
-        """Answer the sessions that can be answered now that these trunks have advanced."""
-        for trunk in trunks:
-            for session in tuple(self._under.get(trunk, ())):
-                self._answer(session)
-
-    def _answer(self, session: Session) -> None:
-        """Answer a session if possible; otherwise record its blocker."""
+    def _answer(self, session: Session) -> int:
+        """Answer a session if possible; otherwise record its blocker. Return how many watches this took."""
         blocker = session.progress_blocker
         if blocker is not None and blocker.holds:
-            return
+            return 1
         target = self.targets.of(session.progress_needs[0])
         if target is None:
-            return
+            return 1
         self.unblock(session)
-        revision = self._reached(session, target)
+        # In reverse: upstream watches are asked in order, so the last one's answer tends to arrive last.
+        examining = reversed(session.watches.values())
+        revision = self._reached(session, target, examining)
         if revision is None:
-            return
+            return len(session.watches) - length_hint(examining)
         session.progress_revision = revision
         session.progress_needs = tuple(needs for needs in session.progress_needs if not self.is_fresh(revision, needs))
         if not session.progress_needs:
@@ -132,26 +156,38 @@ class ProgressWaiters:
         state = self._state
         state.stats.progress_answers += 1
         state.answer(session, NO_WATCH_ID, state.header_now(revision))
+        return len(session.watches)
 
-    def _reached(self, session: Session, target: int) -> int | None:
+    def _reached(self, session: Session, target: int, watches: Iterator[Watch]) -> int | None:
         """Return the progress that may be sent to a session, `target` or more; None if it is blocked."""
-        revision: int | None = None
+        # Written for speed, since a session may have a hundred thousand watches.
         least: Watch | None = None
+        following = 0
         known = max(session.progress_revision, target)
-        # In reverse: upstream watches are asked in order, so the last one's answer tends to arrive last.
-        for watch in reversed(session.watches.values()):
+        group: Group | None = None
+        for watch in watches:
             trunk = watch.trunk
-            if not watch.follows_trunk or trunk.next_revision <= known:
+            next_revision = trunk.next_revision
+            if next_revision <= known or watch.group is None or watch.source is not trunk or session.stalled:
                 self._block(session, Blocker(watch, trunk, known))
                 return None
-            if revision is None or trunk.next_revision <= revision:
-                revision, least = trunk.next_revision - 1, watch
-            known = max(known, watch.progress_floor, watch.last_sent_revision)
-        if revision is None or revision < known:
-            if least is not None:
-                self._block(session, Blocker(least, least.trunk, known))
+            if least is None or next_revision < following:
+                following, least = next_revision, watch
+            # As `Watch.last_sent_revision`.
+            if watch.group is not group:
+                group = watch.group
+                if group.sent_revision > known:
+                    known = group.sent_revision
+            if watch.progress_floor > known:
+                known = watch.progress_floor
+            if watch.sent_revision > known:
+                known = watch.sent_revision
+        if least is None:
             return None
-        return revision
+        if following <= known:
+            self._block(session, Blocker(least, least.trunk, known))
+            return None
+        return following - 1
 
     def _block(self, session: Session, blocker: Blocker) -> None:
         session.progress_blocker = blocker

@@ -376,3 +376,19 @@ def test_an_ended_watch_gets_no_notification() -> None:
     client.cancel(0)
     shell.progressed(30)
     assert client.read() == ["#0 @5 canceled"]
+
+
+def test_rounds_that_one_answer_proves_begin_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coalesce.notifying.WATCHES_PER_STEP", 2)
+    shell = Shell(CoreLimits(progress_notify_s=2))
+    clients = [shell.client() for _ in range(5)]
+    trunks = [shell.trunk(5, client, b"%d" % place, progress_notify=True) for place, client in enumerate(clients)]
+    shell.wait(2.5)
+    sent = shell.core.stats.progress_notifies
+    shell.progressed(9, *trunks)
+    counts = [shell.core.stats.progress_notifies - sent]
+    while shell.core.next_deadline() == shell.now:
+        shell.do(shell.core.expire)
+        counts.append(shell.core.stats.progress_notifies - sent)
+    assert counts == [2, 4, 5]
+    assert [client.read() for client in clients] == [["#0 @9 progress"]] * 5

@@ -6,7 +6,7 @@ from itertools import chain
 
 import pytest
 
-from coalesce import CoreLimits, Session, invariants
+from coalesce import CoreLimits, Session, Upstream, invariants
 from coalesce.progress_requests import STREAMS_PER_REQUEST_MAX
 from coalesce.waiting import FreshnessTargets, ProgressWaiters
 from tests.coalesce.shell import Client, Shell, put
@@ -182,17 +182,60 @@ def test_an_answer_costs_work_only_for_its_own_sessions(monkeypatch: pytest.Monk
     looks = 0
     answer = ProgressWaiters._answer
 
-    def counted(waiting: ProgressWaiters, session: Session) -> None:
+    def counted(waiting: ProgressWaiters, session: Session) -> int:
         nonlocal looks
         looks += 1
-        answer(waiting, session)
+        return answer(waiting, session)
 
     monkeypatch.setattr(ProgressWaiters, "_answer", counted)
     for trunk in trunks:
         shell.progressed(9, trunk)
+        shell.settle()
     assert all(client.read() == ["#-1 @9 progress"] for client in clients)
     # All of them once, when the freshness target became known, and then each with its own stream.
     assert looks <= 3 * len(clients)
+
+
+def asked_by(shell: Shell, clients: int, watches: int) -> tuple[Upstream, list[Client]]:
+    """Let clients ask for progress of their watches of one trunk, by one request; an earlier one was answered."""
+    first, others = shell.client(), [shell.client() for _ in range(clients)]
+    trunk = shell.trunk(5, first)
+    first.progress()
+    for client in others:
+        for _ in range(watches):
+            client.create(start=6)
+        client.read()
+        client.progress()
+    shell.progressed(6)
+    shell.wait(0.03)
+    return trunk, others
+
+
+def test_many_sessions_are_answered_in_steps(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with what is proven in its turn; a create and an event in between keep their places."""
+    monkeypatch.setattr("coalesce.waiting.ANSWERED_SESSIONS_MAX", 3)
+    trunk, clients = asked_by(shell, 8, watches=1)
+    shell.progressed(9)
+    assert [client.read() for client in clients] == [["#-1 @9 progress"]] * 3 + [[]] * 5
+    clients[6].create(start=10)
+    shell.events(trunk, put(11))
+    clients[7].close()
+    shell.do(shell.core.expire)
+    assert [client.read() for client in clients[3:6]] == [["#0 @11 put 11 k=v", "#-1 @11 progress"]] * 3
+    shell.do(shell.core.expire)
+    assert clients[6].read() == ["#1 @9 created", "#0 @11 put 11 k=v", "#1 @11 put 11 k=v", "#-1 @11 progress"]
+    assert shell.core.stats.progress_answers == 7 + 1
+
+
+def test_sessions_with_many_watches_are_examined_in_steps(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coalesce.waiting.CHECKED_WATCHES_MAX", 20)
+    asked_by(shell, 4, watches=6)
+    counts = []
+    shell.progressed(9)
+    while shell.core.next_deadline() == shell.now:
+        counts.append(shell.core.stats.progress_answers)
+        shell.do(shell.core.expire)
+    assert [*counts, shell.core.stats.progress_answers] == [2 + 1, 4 + 1]
 
 
 def test_an_old_servers_answer_proves_only_its_revision() -> None:

@@ -52,6 +52,10 @@ SMALL: dict[tuple[str, str], tuple[int, ...]] = {
     ("upstream.watching.stream", "_PASSED_MAX"): _FEW,
     ("upstream.watching.streams", "LARGE_CREATE_BYTES"): _FEW,
     ("upstream.watching.streams", "WATCHES_PER_STREAM_MAX"): _FEW,
+    # Last, so that the values drawn before stay the same.
+    ("upstream.watching.feed", "WITHOUT_EVENTS_MAX"): _FEW,
+    ("coalesce.waiting", "CHECKED_WATCHES_MAX"): _FEW,
+    ("coalesce.waiting", "ANSWERED_SESSIONS_MAX"): _FEW,
 }
 """The values of each constant, by module and name."""
 

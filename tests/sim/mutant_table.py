@@ -138,12 +138,12 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant("a compacted id is free at once", "ending", "session.compacted.add(watch.watch_id)", "pass"),
     # Progress.
-    Mutant("progress goes back", "waiting", "if revision is None or revision < known:", "if revision is None:"),
+    Mutant("progress goes back", "waiting", "if following <= known:", "if False:"),
     Mutant(
         "progress for who is behind",
         "waiting",
-        "if not watch.follows_trunk or trunk.next_revision <= known:",
-        "if watch.place is Place.ENDED:",
+        "or watch.source is not trunk or session.stalled",
+        "",
     ),
     Mutant(
         "progress is asked for once only",
@@ -166,7 +166,7 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "the rest of a round waits",
         "notifying",
-        "return self._state.now if self._rounds else self._state.notices.next_deadline()",
+        "return self._state.now if self._rounds or self._proven else self._state.notices.next_deadline()",
         "return self._state.notices.next_deadline()",
     ),
     Mutant(

@@ -19,7 +19,16 @@ from tests.sim.parts import REAL
 NOT_BOUNDS = {
     *("NO_WATCH_ID", "PROGRESS_ID", "NO_PUT", "NO_DELETE", "PREV_KV", "FRAGMENT", "_KIB", "_MIB"),
     *("EVENT_OVERHEAD_BYTES", "BATCH_OVERHEAD_BYTES", "_ENVELOPE_BYTES", "REQUEST_BYTES", "_ENTRY_BYTES"),
-    *("WATCH_EVENTS", "SESSION_WATCHES", "BATCHES_DROPPED", "_INDEX_SHARE", "_LOOKS", "TRIES_MAX", "_OWN_REFUSED_MAX"),
+    *(
+        "PROVEN_WATCHES",
+        "WATCH_EVENTS",
+        "SESSION_WATCHES",
+        "BATCHES_DROPPED",
+        "_INDEX_SHARE",
+        "_LOOKS",
+        "TRIES_MAX",
+        "_OWN_REFUSED_MAX",
+    ),
     # The simulated upstream passes in its own, and its events are smaller.
     *("HELD_BYTES_MAX", "LARGE_BYTES", "JOINED_BYTES_MAX", "JOINED_DELIVERIES_BYTES_MAX"),
 }

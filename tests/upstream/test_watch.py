@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from tests.upstream.stories import Opened, request
 from tests.waiting import until_async
 from upstream.settings import ConnectionSettings, UpstreamSettings
 from upstream.watching.call import MANY_CLIENTS
+from upstream.watching.feed import WITHOUT_EVENTS_MAX
 from upstream.watching.stream import OpenedWatch
 
 NO_LEADER = "etcdserver: no leader"
@@ -373,6 +376,47 @@ async def test_events_for_many_clients_wait_in_a_long_turn(monkeypatch: pytest.M
             call.send_raw(b"".join(frame(event_of(watch_id, revision)) for watch_id, revision in sent))
             await until_async(lambda: len(seen.order) == 5, "all events")
             assert seen.order == [(few, 13), (few, 15), (many, 11), (many, 12), (many, 14)]
+
+
+async def test_answers_to_many_creates_take_several_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if one read brings them; an event that follows them in the read waits for a part of them only."""
+    monkeypatch.setattr("upstream.watching.call.TURN_S", -1.0)
+    turn, turns, event_after = 0, Counter[int](), -1
+
+    class Counted(Recorder):
+        def received(self, watch: OpenedWatch, response: WatchResponse) -> None:
+            nonlocal event_after
+            super().received(watch, response)
+            if response.events:
+                event_after = turns.total()
+            else:
+                turns[turn] += 1
+
+    async with scripted() as etcd:
+        seen = Counted()
+        async with watching(etcd.endpoint, seen) as client:
+            await seen.open(client, Opened(b"live"))
+            [call] = etcd.watches()
+            creates: list[rpc_pb2.WatchRequest] = []
+            etcd.on_watch = lambda _, create: creates.append(create)
+            for number in range(500):
+                client.open(Opened(b"%d" % number))
+            await until_async(lambda: len(creates) == 500, "the creates")
+            turns.clear()
+            call.send_raw(b"".join(map(frame, [*(created_of(1 + number) for number in range(500)), event_of(0, 12)])))
+            for turn in range(1_000):  # noqa: B007  # `received` reads it
+                await asyncio.sleep(0)
+                if turns.total() == 500:
+                    break
+            assert turns.total() == 500
+            assert max(turns.values()) <= WITHOUT_EVENTS_MAX
+            assert 0 <= event_after < 500
+
+
+def created_of(watch_id: int) -> bytes:
+    """Return the answer to a create."""
+    header = rpc_pb2.ResponseHeader(cluster_id=1, member_id=1, revision=11, raft_term=1)
+    return rpc_pb2.WatchResponse(header=header, watch_id=watch_id, created=True).SerializeToString()
 
 
 def event_of(watch_id: int, revision: int) -> bytes:

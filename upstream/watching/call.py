@@ -1,8 +1,8 @@
 """The call that carries one `WatchStream`: from DATA to responses, flow control, and holding data while paused.
 
-One read of a socket can bring events for a million watches of clients. Once a turn has lasted for TURN_S, events of
-upstream watches that serve many clients wait for the next turn, and those of others overtake them. They also wait while
-earlier events for many clients are being written (`Cork.behind`).
+One read of a socket can bring events for a million watches of clients, or the answers to thousands of creates. Once a
+turn has lasted for TURN_S, only events of upstream watches that serve few clients are passed on; all other responses
+wait for the next turn. Events for many clients also wait while earlier ones are being written (`Cork.behind`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _UNREAD_ALONE_BYTES_MAX: Final = 256 * 1024
 """The same for a stream with one watch, where nothing can overtake."""
 
 TURN_S: Final = 0.01
-"""Once what one read brought has taken this long, events for many clients wait for the next turn."""
+"""Once what one read brought has taken this long, all but events for few clients waits for the next turn."""
 
 MANY_CLIENTS: Final = 32
 """From this number of watches on; the events of other upstream watches never wait."""
@@ -197,13 +197,16 @@ class UpstreamWatchCall:
             self._loop.call_soon(self._go_on)
 
     def _waits(self, late_at: float, response: WatchResponse) -> bool:
-        """Return whether the stream is paused, or the events are for many clients and it is late or much is unwritten.
+        """Return whether a response must wait: because the stream is paused, or at `late_at` or later.
 
-        It is late at `late_at`.
+        Events for few clients do not wait when it is late; those for many also wait while others are being written.
         """
-        if self._stream.paused or not (self._unwritten or self._loop.time() >= late_at):
-            return self._stream.paused
-        return response.plain and self._clients(response.watch_id) >= MANY_CLIENTS
+        if self._stream.paused:
+            return True
+        is_late = self._loop.time() >= late_at
+        if not response.plain:
+            return is_late
+        return (is_late or self._unwritten) and self._clients(response.watch_id) >= MANY_CLIENTS
 
     @property
     def _unwritten(self) -> bool:

@@ -6,10 +6,12 @@ Pure code without sockets: what the program writes and reads for each step comes
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from coalesce import (
@@ -20,17 +22,24 @@ from coalesce import (
     Deliver,
     Identity,
     OpenUpstream,
+    ReadRevision,
     Session,
     Upstream,
     UpstreamLost,
 )
-from proto.scan import WatchResponse
+from proto.framing import frame
+from proto.scan import WatchResponse, encode_created, scan_watch_response
 from tests.bench.sharing.front import Figures, Front, Scenario
 from tests.coalesce.shell import header, put
+from upstream.batching import JOINED_DATA_BYTES_MAX
+from upstream.settings import UpstreamSettings
+from upstream.watching.call import UpstreamWatchCall
+from upstream.watching.effects import WatchReceived
 from upstream.watching.state import WatchState
-from upstream.watching.stream import StreamEndAction
+from upstream.watching.stream import StreamEndAction, WatchStream
 
 WATCHES = 100_000
+CREATES_OF_A_READ = 5_000
 START = 1000
 NO_LIMITS = CoreLimits(watches_per_session_max=1 << 30, queue_max=1 << 30, linger_s=0.0)
 
@@ -70,6 +79,8 @@ class Many:
         self.now = 0.0
         self.opened: list[Upstream] = []
         self.stalled = False
+        # Etcd answers creates at once.
+        self.answers = True
         identity = Identity(has_leader=has_leader)
         self.sessions = [self.core.open_session(object(), identity, 0.0) for _ in range(sessions)]
         for number in range(count):
@@ -88,9 +99,11 @@ class Many:
             kind = type(effect)
             if kind is CheckPermission:
                 coming += self.core.permission(effect.check, None, self.now)
+            elif kind is ReadRevision:
+                coming += self.core.revision_read(effect.read, header(START), self.now)
             elif kind is OpenUpstream:
                 self.opened.append(effect.upstream)
-                if effect.upstream.start_revision is None or not self.core.stats.backfills:
+                if self.answers and (effect.upstream.start_revision is None or not self.core.stats.backfills):
                     coming += self.core.upstream_response(effect.upstream, created(START), self.now)
             elif kind is Deliver and self.stalled:
                 for watch in effect.watches:
@@ -259,7 +272,79 @@ def stream_ends(action: StreamEndAction) -> Steps:
     return all_steps(steps, state, state.register)
 
 
+class ReadLoop:
+    """The event loop of an upstream call: time, and the calls for the next turn."""
+
+    def __init__(self) -> None:
+        self.soon: list[Callable[[], object]] = []
+        self.time = time.perf_counter
+
+    def call_soon(self, callback: Callable[[], object]) -> None:
+        """Call it in the next turn."""
+        self.soon.append(callback)
+
+
+class Owner:
+    """What a read of etcd's bytes reaches: the state of the watch client, and the core."""
+
+    scan = staticmethod(scan_watch_response)
+    received_bytes = 0
+
+    def __init__(self, many: Many, state: WatchState) -> None:
+        self._many = many
+        self._state = state
+
+    def take(self, stream: WatchStream, response: WatchResponse) -> None:
+        """Handle a response."""
+        for effect in self._state.received(stream, response):
+            if isinstance(effect, WatchReceived) and isinstance(effect.watch, Upstream):
+                core = self._many.core
+                self._many.carry_out(core.upstream_response(effect.watch, effect.response, self._many.now))
+
+    def stream_ended(self, stream: WatchStream, status: int, text: str) -> None:
+        """Not called."""
+
+
+def creates_are_answered() -> Steps:
+    """Etcd answers 5,000 creates in one read of 256 KiB."""
+    many = Many(0)
+    many.answers = False
+    for number in range(CREATES_OF_A_READ):
+        many.create(many.sessions[0], b"k%07d" % number, None)
+    state = WatchState()
+    state.connect(True, START)
+    for upstream in many.opened:
+        state.open(upstream)
+    [stream] = state.streams()
+    data = b"".join(frame(encode_created(header(START), watch_id)) for watch_id in range(CREATES_OF_A_READ))
+    many.answers = True
+
+    async def make() -> UpstreamWatchCall:
+        return UpstreamWatchCall(Owner(many, state), stream, UpstreamSettings())
+
+    call: Any = asyncio.run(make())
+    loop = ReadLoop()
+    connection = SimpleNamespace(heard_at=0.0, cork=None, batches=SimpleNamespace(interval_s=0))
+    call.call = SimpleNamespace(connection=connection, ended=False, http_status=200, consumed=lambda _: None)
+    call._loop = loop
+
+    def read() -> None:
+        connection.heard_at = loop.time()
+        for first in range(0, len(data), JOINED_DATA_BYTES_MAX):
+            call.on_data(data[first : first + JOINED_DATA_BYTES_MAX], 0)
+
+    steps = Steps()
+    gc.collect()
+    gc.disable()
+    steps(read)
+    while loop.soon:
+        steps(loop.soon.pop())
+    gc.enable()
+    return steps
+
+
 SITUATIONS: dict[str, Callable[[], Steps]] = {
+    "creates are answered, 5,000 in one read": creates_are_answered,
     "connection lost": reconnect,
     "upstream stream ends": partial(stream_ends, StreamEndAction.MOVED),
     "upstream stream refused": partial(stream_ends, StreamEndAction.LOST),
