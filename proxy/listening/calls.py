@@ -110,6 +110,11 @@ class CallRefusal(Exception):
         self.problem = problem
 
 
+def deadline_exceeded() -> CallRefusal:
+    """Return the refusal of a call whose deadline is over."""
+    return CallRefusal(200, Status.DEADLINE_EXCEEDED, DEADLINE_TEXT)
+
+
 @dataclass(slots=True, frozen=True)
 class RequestHead:
     """The parsed head of one gRPC request."""

@@ -1,8 +1,7 @@
 """Calls other than Watch: forwarded to etcd, unchanged or with keys and addresses translated.
 
 `relay` forwards calls frame by frame; `holding` keeps them while no etcd is connected (`waiting` decides for how long),
-`unread` bounds what clients leave unread, `endless` ends calls that a drain must not wait for, `answers` and `expiry`
-end others.
+`unread` bounds what clients leave unread, `endless` ends calls that a drain must not wait for, `answers` ends others.
 
 Shared reads: `sharing` decides which calls share one, `shared_reads` carries it out, `shared_answer` passes the answer
 on.

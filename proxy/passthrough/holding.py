@@ -12,8 +12,7 @@ from typing import Protocol
 
 from proto.framing import Status
 from proxy import logs
-from proxy.listening.calls import CallRefusal
-from proxy.passthrough.expiry import deadline_exceeded
+from proxy.listening.calls import CallRefusal, deadline_exceeded
 from proxy.passthrough.settings import PassthroughSettings, PassthroughStats
 from proxy.passthrough.waiting import NO_CONNECTION, WaitingCalls, check_again, wait_until
 from upstream.connection import ClientConnection

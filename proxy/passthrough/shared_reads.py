@@ -19,8 +19,7 @@ from collections.abc import Hashable, Sequence
 from typing import Final
 
 from proto.http2 import Stream
-from proxy.listening.calls import CallRefusal, ConnectionHandle, Handler, Headers
-from proxy.passthrough.expiry import deadline_exceeded
+from proxy.listening.calls import CallRefusal, ConnectionHandle, Handler, Headers, deadline_exceeded
 from proxy.passthrough.relay import Passthrough, Relay
 from proxy.passthrough.shared_answer import PORTION_BYTES, TURN_BYTES, SharedAnswer
 from proxy.passthrough.sharing import ExpireCall, ReadsInFlight, SharedRead

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 from _pytest.mark.structures import ParameterSet
@@ -97,70 +98,51 @@ def judge(binary: EtcdBinary, program: Program, recordings: dict[str, Recording]
     assert not unexcused, "\n".join(unexcused)
 
 
-NAMESPACED = [program for program in PROGRAMS if not (program.auth or program.fresh or program.members > 1)]
-"""Programs that use only keys; a namespace does not affect users and members."""
+class Way(NamedTuple):
+    """A way of running the proxy in which clients must not notice a difference."""
+
+    every: int
+    first: int
+    """Only each `every`-th program, from number `first` on, is not marked long."""
+    namespace: bytes = b""
+    tiers: int = 1
+    workers: int = 0
+    """A hub and so many workers; the crowd and the program's connections are served by any of them."""
+    covers: tuple[bytes, ...] = ()
+
+    def suits(self, program: Program) -> bool:
+        """Whether a program can be run so: it shares an etcd, and a namespace does not affect users and members."""
+        if self.covers and program.name in KEPT_BY_A_COVER:
+            return False
+        return not (program.fresh or (self.namespace and (program.auth or program.members > 1)))
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        pytest.param(
-            program,
-            marks=() if number % 12 == 0 else pytest.mark.long,
-            id=program.name,
-        )
-        for number, program in enumerate(NAMESPACED)
-    ],
-)
-def test_the_same_through_a_namespace(program: Program, stages: Stages) -> None:
-    binary = etcds()[0]
-    recordings = run(stages.get(binary, program, b"/ns\xff").run(program), program.limit_s)
-    judge(binary, program, recordings)
-
-
-def few_fast(every: int, first: int) -> list[ParameterSet]:
-    """Return the programs that share an etcd; only each `every`-th from `first` on is not marked long."""
-    return [
-        pytest.param(
-            program, marks=() if number % every == first and not program.long else pytest.mark.long, id=program.name
-        )
-        for number, program in enumerate(PROGRAMS)
-        if not program.fresh
-    ]
-
-
-@pytest.mark.parametrize("program", few_fast(12, 6))
-def test_the_same_through_two_tiers(program: Program, stages: Stages) -> None:
-    binary = etcds()[0]
-    recordings = run(stages.get(binary, program, tiers=2).run(program), program.limit_s)
-    judge(binary, program, recordings)
-
-
-@pytest.mark.parametrize("program", few_fast(48, 9))
-def test_the_same_through_workers(program: Program, stages: Stages) -> None:
-    """A hub and two workers; the crowd and the program's connections are served by either of them."""
-    binary = etcds()[0]
-    recordings = run(stages.get(binary, program, workers=2).run(program), program.limit_s)
-    judge(binary, program, recordings)
-
+WAYS = {
+    "a namespace": Way(12, 0, namespace=b"/ns\xff"),
+    "two tiers": Way(12, 6, tiers=2),
+    "workers": Way(48, 9, workers=2),
+    # All watches share one upstream watch of all keys; with users, which the cover needs a user for, none does.
+    "a cover": Way(12, 3, covers=(b"",)),
+}
 
 KEPT_BY_A_COVER = {"a compacted watch next to a live one"}
 """A live watch of another key keeps the history of the cover, which serves the compacted start."""
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        pytest.param(program, marks=() if number % 12 == 3 and not program.long else pytest.mark.long, id=program.name)
-        for number, program in enumerate(PROGRAMS)
-        if not program.fresh and program.name not in KEPT_BY_A_COVER
-    ],
-)
-def test_the_same_below_a_cover(program: Program, stages: Stages) -> None:
-    """All watches share one upstream watch of all keys; with users, which the cover needs a user for, none does."""
+def _ways() -> Iterator[ParameterSet]:
+    for name, way in WAYS.items():
+        for number, program in enumerate(PROGRAMS):
+            if way.suits(program):
+                is_long = number % way.every != way.first or program.long
+                marks = (pytest.mark.long,) if is_long else ()
+                yield pytest.param(way, program, id=f"{name}-{program.name}", marks=marks)
+
+
+@pytest.mark.parametrize(("way", "program"), list(_ways()))
+def test_the_same_in_each_way_to_run_the_proxy(way: Way, program: Program, stages: Stages) -> None:
     binary = etcds()[0]
-    recordings = run(stages.get(binary, program).run(program, covers=(b"",)), program.limit_s)
-    judge(binary, program, recordings)
+    stage = stages.get(binary, program, way.namespace, way.tiers, way.workers)
+    judge(binary, program, run(stage.run(program, covers=way.covers), program.limit_s))
 
 
 def test_names_are_unique() -> None:
