@@ -16,7 +16,7 @@ import pytest
 from coalesce import CoreLimits
 from proto.framing import Status
 from proto.pb import rpc_pb2
-from proxy.server import Proxy
+from proxy.server import GC_THRESHOLDS, Proxy
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import served
 from tests.etcd.server import EtcdServer
@@ -124,3 +124,23 @@ async def _at_rest(proxy: Proxy) -> None:
     await until_async(empty, "the core to be empty")
     await until_async(lambda: len(proxy.listener.connections) == 1, "the connections to be gone")
     await until_async(lambda: proxy.listener.streams == 0, "the streams to be gone")
+
+
+def test_a_collection_examines_few_young_objects() -> None:
+    """Events wait for it."""
+    examined: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            examined.append(sum(len(gc.get_objects(generation)) for generation in range(info["generation"] + 1)))
+
+    gc.collect()
+    usual = gc.get_threshold()
+    gc.callbacks.append(note)
+    gc.set_threshold(*GC_THRESHOLDS)
+    try:
+        kept = [[number] for number in range(50_000)]
+    finally:
+        gc.set_threshold(*usual)
+        gc.callbacks.remove(note)
+    assert len(kept) > 10_000 > 3 * max(examined)
