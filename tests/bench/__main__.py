@@ -36,7 +36,7 @@ def run_case(
     """Run a case at its targets in turn, each with a separate etcd; return all figures of all rounds, and failures."""
     found: dict[str, list[Figures]] = {}
     failures = []
-    for _ in range(rounds):
+    for _ in range(rounds * case.rounds):
         for name in targets or case.targets:
             if name not in (*case.targets, *case.more):
                 continue
@@ -112,7 +112,12 @@ def _real_clients() -> bool:
 @click.option("--target", "targets", multiple=True, type=click.Choice(list(TARGETS)), help="Only these targets.")
 @click.option("--profile", type=click.Choice(list(PROFILES)), help="What the clients send while they receive.")
 @click.option("--keys", default=store.KEYS, show_default=True, help="Keys in the bundled store, case store.")
-@click.option("--rounds", default=3, show_default=True, help="Rounds; the median is shown (case store: one).")
+@click.option(
+    "--rounds",
+    default=3,
+    show_default=True,
+    help="Rounds (a case has some more in each); the median is shown (case store: one).",
+)
 @click.option("--etcd", "version", default="", help="An available etcd version, such as 3.4.23 (default: the newest).")
 @click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True, help="Where the files go.")
 @click.option("--docs", is_flag=True, help="Write the figures into the pages in docs, and the pictures.")

@@ -23,8 +23,8 @@ RATIO_FREE = frozenset({"lost"})
 # The figures of each kind of case: the figure, its heading, its digits.
 _EVENTS = (
     ("cpu_us", "CPU us/event", 2),
-    ("p50_ms", "p50 ms", 1),
-    ("p99_ms", "p99 ms", 1),
+    ("p50_ms", "p50 ms", 2),
+    ("p99_ms", "p99 ms", 2),
     ("p100_ms", "max ms", 1),
     ("events_s", "events/s", 0),
     ("memory_mib", "memory MiB", 1),
