@@ -116,7 +116,7 @@ class WriteQueue:
     def _go_on(self) -> None:
         """Schedule the next turn if one is needed."""
         self.behind = bool(self._aside or self._waiting)
-        if self.behind and not self._scheduled:
+        if (self.behind or self._dirty) and not self._scheduled:
             self._schedule()
 
     def _schedule(self) -> None:
@@ -124,14 +124,19 @@ class WriteQueue:
         asyncio.get_running_loop().call_soon(self._turn)
 
     def _turn(self) -> None:
-        self._scheduled = False
-        if self._dirty or self.since:
-            self._write_dirty()
-        self._write_part()
-        if self._waiting and not self._aside:
-            self.behind = False
-            self._waiting.popleft()()
-        self._go_on()
+        """Write what is queued for few connections, and one part; or go on with what waits for the last part."""
+        try:
+            if self._dirty or self.since:
+                self._write_dirty()
+            if self._aside:
+                self._write_part()
+            elif self._waiting:
+                self.behind = False
+                # What it queues for many connections is written from the next turn on.
+                self._waiting.popleft()()
+        finally:
+            self._scheduled = False
+            self._go_on()
 
     def _write_dirty(self) -> None:
         """Write what is queued for few connections."""
@@ -152,8 +157,6 @@ class WriteQueue:
     def _write_part(self) -> None:
         """Write some of the connections that are written in parts."""
         aside, stats = self._aside, self._stats
-        if not aside:
-            return
         written_max = stats.written_bytes + PART_BYTES
         left = PART_CONNECTIONS
         while aside and left and stats.written_bytes < written_max:

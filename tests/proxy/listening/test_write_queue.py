@@ -122,7 +122,7 @@ async def test_a_part_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 async def test_what_waits_for_an_empty_queue_takes_turns() -> None:
-    """One of them when all is written. If that queues more for many, the next one waits for it."""
+    """One of them, in the turn after the last part. If that queues more for many, the next one waits for it."""
     rig = Rig()
     read(rig.queue, (rig.crowd("a", PART_CONNECTIONS + 1), True))
 
@@ -135,10 +135,32 @@ async def test_what_waits_for_an_empty_queue_takes_turns() -> None:
     rig.queue.when_written(first)
     rig.queue.when_written(lambda: rig.written.append("second"))
     rig.written.clear()
-    assert (await rig.turn())[:3] == [f"a{PART_CONNECTIONS}", "first", "b0"]
-    assert await rig.turn() == [f"b{PART_CONNECTIONS}", "second"]
+    assert await rig.turn() == [f"a{PART_CONNECTIONS}"]
+    assert await rig.turn() == ["first"]
+    assert len(await rig.turn()) == PART_CONNECTIONS
+    assert await rig.turn() == [f"b{PART_CONNECTIONS}"]
+    assert await rig.turn() == ["second"]
     assert rig.queue.behind
     assert await rig.turn() == ["third"]
+    assert not rig.queue.behind
+
+
+async def test_output_for_few_of_what_waited_is_written_with_it() -> None:
+    rig = Rig()
+    read(rig.queue, (rig.crowd("a", PART_CONNECTIONS + 1), True))
+
+    def fail() -> None:
+        read(rig.queue, (rig.crowd("b", 1), False))
+        rig.queue.flush_soon(rig.crowd("c", 1)[0])
+        raise ValueError
+
+    rig.queue.when_written(fail)
+    reported: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(type(context["exception"])))
+    await rig.turn()
+    assert await rig.turn() == ["b0"]
+    assert await rig.turn() == ["c0"]
+    assert reported == [ValueError]
     assert not rig.queue.behind
 
 
