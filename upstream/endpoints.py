@@ -18,7 +18,7 @@ from upstream.errors import BadEndpoint
 from upstream.settings import BACKOFF_FIRST_S, BACKOFF_MAX_S
 
 _SECURE_OF_SCHEME: Final = {"https": True, "unixs": True, "http": False, "unix": None, "http+unix": False}
-_HOST: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?")
+_HOST: Final = re.compile(r"(?!.*\.\.)[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?")
 _ADDRESS_6: Final = re.compile(r"[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?")
 _TO_DO: Final = "write host:port, http://host:port, https://host:port or unix:///path"
 
@@ -54,12 +54,15 @@ class Endpoint:
 def parse_endpoints(text: str | Sequence[str]) -> list[Endpoint]:
     """Parse a list of endpoints, separated by commas or given as a sequence; duplicates are dropped.
 
-    Raises BadEndpoint, which names the endpoint and the problem.
+    Raises BadEndpoint, which names the endpoint and the problem. An empty one is an error: a variable in its place may
+    be unset.
     """
-    parts = text.split(",") if isinstance(text, str) else list(text)
-    endpoints = [parse_endpoint(part.strip()) for part in parts if part.strip()]
-    if not endpoints:
+    parts = [part.strip() for part in (text.split(",") if isinstance(text, str) else text)]
+    if not any(parts):
         raise BadEndpoint("endpoints", "the list is empty", _TO_DO)
+    if not all(parts):
+        raise BadEndpoint(f"endpoints {','.join(parts)!r}", "one of them is empty", "give it, or remove its comma")
+    endpoints = [parse_endpoint(part) for part in parts]
     unique: dict[tuple[object, ...], Endpoint] = {}
     for endpoint in endpoints:
         unique.setdefault((endpoint.host, endpoint.port, endpoint.path, endpoint.secure), endpoint)
@@ -68,7 +71,13 @@ def parse_endpoints(text: str | Sequence[str]) -> list[Endpoint]:
 
 def parse_endpoint(text: str) -> Endpoint:
     """Parse one endpoint. Raises BadEndpoint."""
-    where = f"endpoint {text!r}"
+    is_path = text.lower().startswith(("unix:", "unixs:", "http+unix:"))
+    # A password may be in front of the @.
+    where = f"endpoint {text if is_path else re.sub('[^/]*@', '***@', text)!r}"
+    if re.search(r"[\s;]", text) and not is_path:
+        raise BadEndpoint(where, "it contains a space or a semicolon", "separate endpoints by commas")
+    if wrong := re.match(r"(https?)(:/?|//?)(?=[^:/]+:\d+$)", text):
+        raise BadEndpoint(where, "'://' is missing", f"write {wrong[1]}://{text[wrong.end() :]}")
     scheme, mark, rest = text.partition("://")
     if not mark:
         secure, rest = None, text

@@ -8,6 +8,7 @@ name only. Every user error becomes one line on standard error: exit code 2 for 
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable
 from typing import NamedTuple, cast
@@ -126,7 +127,8 @@ def run(arguments: list[str], serve: Callable[..., int] | None = None) -> int:
         return WRONG_REQUEST
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else "watchmux"
-        complain(f"{error.format_message()} (see {path} --help)")
+        hint = _two_dashes(arguments) if isinstance(error, click.NoSuchOption) else ""
+        complain(f"{error.format_message()}{hint} (see {path} --help)")
         return WRONG_REQUEST
     except click.ClickException as error:
         complain(error.format_message())
@@ -138,3 +140,9 @@ def run(arguments: list[str], serve: Callable[..., int] | None = None) -> int:
         complain("interrupted")
         return INTERRUPTED
     return result if isinstance(result, int) else 0
+
+
+def _two_dashes(arguments: list[str]) -> str:
+    """Return a hint for a flag with one dash, as etcd takes it too, to which click reacts by its first letter."""
+    short = next((argument for argument in arguments if re.match(r"-[a-z]{2}", argument)), "")
+    return f" Write -{short.partition('=')[0]}." if short else ""

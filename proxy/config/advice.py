@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from proxy.config.knobs import Settings
+from proxy.config.knobs import ListenerTable, Settings
 from proxy.config.values import parse_listen_address
 
 
@@ -17,3 +17,19 @@ def advice(settings: Settings) -> Iterator[str]:
             f"--cert is presented to etcd, but clients of {address} need no certificate: each of them uses "
             "etcd with the proxy's certificate, unless etcd's auth is on; set --trusted-ca-file to require one"
         )
+    other_version = listener.tls_min_version != ListenerTable().tls_min_version
+    for flag, given, without, there in (
+        ("--tls-min-version", other_version, "--cert-file", listener.cert_file),
+        ("--discovery-srv-name", upstream.discovery_srv_name, "--discovery-srv", upstream.discovery_srv),
+        ("--insecure-discovery", upstream.insecure_discovery, "--discovery-srv", upstream.discovery_srv),
+    ):
+        if given and not there:
+            yield f"{flag} has no effect without {without}"
+    plain = upstream.endpoints and all(text.lower().startswith("http://") for text in upstream.endpoints)
+    for flag, given in (
+        ("--cacert", upstream.cacert),
+        ("--cert", upstream.cert),
+        ("--insecure-skip-tls-verify", upstream.insecure_skip_tls_verify),
+    ):
+        if given and plain and not upstream.discovery_srv and not upstream.watch_endpoints:
+            yield f"{flag} has no effect: each endpoint is http://, which is without TLS"

@@ -30,6 +30,7 @@ from proxy.config.values import (
     parse_metrics_address,
     parse_size_bytes,
     shortened,
+    show_duration,
 )
 
 # The forms of Go's strconv.ParseBool, which etcd's flags take, and the usual words.
@@ -41,6 +42,8 @@ _SAME_CHOICE = {"warning": "warn", "dpanic": "fatal", "panic": "fatal"}
 """Other names for a choice; those of the log levels are zap's, which etcd uses."""
 
 _TOML_PLACE = re.compile(r"\s*\(at line (\d+), column (\d+)\)")
+_FILE_CHARACTERS_MAX = 2**20
+"""A device or a pipe may have no end."""
 _LARGEST = {ValueSyntax.SECONDS: SECONDS_MAX}
 _BOUNDS = {"ge": (">=", operator.ge), "gt": (">", operator.gt), "le": ("<=", operator.le)}
 
@@ -76,7 +79,7 @@ def from_text(knob: Knob, text: str) -> Any:
         case ValueSyntax.CHOICE:
             return same_choice(knob, text)
         case ValueSyntax.ENDPOINTS:
-            return [part.strip() for part in text.split(",") if part.strip()]
+            return [part.strip() for part in text.split(",")]
         case ValueSyntax.PREFIXES:
             return [text]
         case _:
@@ -97,11 +100,12 @@ def same_choice(knob: Knob, text: str) -> str:
     return next((choice for choice in knob.choices if choice.lower() == plain), text)
 
 
-def expectation(knob: Knob) -> str:
-    """Describe the allowed values of a setting, in the file's units."""
-    bounds = [f"{_BOUNDS[name][0]} {bound}" for name, bound in knob.about.bounds.items()]
+def expectation(knob: Knob, *, in_file: bool = False) -> str:
+    """Describe the allowed values of a setting; a duration is one number in a file, with the unit in its key."""
+    unit = "s" if knob.kind is ValueSyntax.SECONDS and not in_file else ""
+    bounds = [f"{_BOUNDS[name][0]} {bound}{unit}" for name, bound in knob.about.bounds.items()]
     plain = {
-        ValueSyntax.SECONDS: "a number of seconds",
+        ValueSyntax.SECONDS: "a number of seconds" if in_file else "a duration",
         ValueSyntax.BYTES: "a whole number of bytes",
         ValueSyntax.COUNT: "a whole number",
         ValueSyntax.SWITCH: "true or false",
@@ -130,7 +134,11 @@ def check_value(knob: Knob, given: ConfiguredValue, *, look_at_files: bool = Tru
         if isinstance(value, int | float) and value > (largest := _LARGEST.get(knob.kind, COUNT_MAX)):
             raise ConfigError(f"{given.origin}: {_shown(given.value)} is too large; the maximum is {largest}")
     except msgspec.ValidationError:
-        raise ConfigError(f"{given.origin}: expected {expectation(knob)}, got {_shown(given.value)}") from None
+        in_file = given.origin.endswith(knob.path)
+        shown = _shown(given.value)
+        if knob.kind is ValueSyntax.SECONDS and not in_file:
+            shown = repr(show_duration(given.value))
+        raise ConfigError(f"{given.origin}: expected {expectation(knob, in_file=in_file)}, got {shown}") from None
     checks: dict[ValueSyntax, Callable[[Any], object]] = {
         ValueSyntax.ADDRESS: parse_listen_address,
         ValueSyntax.METRICS_ADDRESS: parse_metrics_address,
@@ -182,8 +190,10 @@ def _raise(problems: list[str]) -> None:
 def _read(path: Path, problems: list[str]) -> dict[str, ConfiguredValue]:
     """Read the file; append a line for each unknown table or key. Raises ConfigError for a file that is not TOML."""
     try:
-        text = path.read_text(encoding="utf-8")
-        document = tomllib.loads(text)
+        with path.open(encoding="utf-8-sig") as file:  # some editors begin a file with a byte order mark
+            text = file.read(_FILE_CHARACTERS_MAX + 1)
+        too_long = len(text) > _FILE_CHARACTERS_MAX
+        document = {} if too_long else tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read file: {(error.strerror or str(error)).lower()}") from None
     except UnicodeDecodeError as error:
@@ -196,6 +206,8 @@ def _read(path: Path, problems: list[str]) -> dict[str, ConfiguredValue]:
     except (ValueError, RecursionError):
         # tomllib lets these through: int() refuses more than 4,300 digits, and nested values exhaust the stack.
         raise ConfigError(f"{path}: not TOML: a number has too many digits, or values are nested too deeply") from None
+    if too_long:
+        raise ConfigError(f"{path}: longer than {_FILE_CHARACTERS_MAX} characters; give a configuration file")
     given: dict[str, ConfiguredValue] = {}
     by_path = {knob.path: knob for knob in knobs()}
     for table, content in document.items():

@@ -15,13 +15,13 @@ ENV_PREFIX = "WATCHMUX_"
 """Prefix of the environment variables."""
 
 _DURATION_UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_NUMBER = re.compile(r"\d+\.?\d*|\.\d+")
-_DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h|d)")
+_NUMBER = re.compile(r"[0-9]+\.?[0-9]*|\.[0-9]+")
+_DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ns|us|µs|ms|s|m|h|d)")
 SECONDS_MAX = 2**63 // 10**9
 """The longest duration that Go's flags take, 292 years; timers fail at longer ones."""
 COUNT_MAX = 2**63 - 1
 """The largest number and size."""
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _SIZE_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
 
@@ -107,9 +107,13 @@ def parse_address(text: str, *, listening: bool = False) -> Address:
 
     Port 0 (any free port) is accepted only if `listening`. Raises BadValue.
     """
-    host, colon, port_text = text.strip().rpartition(":")
-    if not colon:
-        raise BadValue(f"{text!r} has no port; write HOST:PORT, like 127.0.0.1:2379")
+    plain = text.strip()
+    if "," in plain:
+        raise BadValue(f"{text!r} is a list; give one address")
+    host, colon, port_text = plain.rpartition(":")
+    if not colon or plain.endswith("]"):
+        form = f":{plain} or HOST:{plain}" if listening and plain.isdecimal() else "HOST:PORT, like 127.0.0.1:2379"
+        raise BadValue(f"{text!r} has no port; write {form}")
     if not (port_text.isascii() and port_text.isdigit()) or int(port_text) > 65535:
         raise BadValue(f"{port_text!r} in {text!r} is not a port; it is a number from 0 to 65535")
     port = int(port_text)

@@ -45,8 +45,12 @@ def problems_of(environment: Mapping[str, str]) -> Iterable[str]:
         elif not of_kubernetes(name, value):
             import difflib  # for mistakes only
 
-            close = difflib.get_close_matches(name, names, 1)
-            hint = f"did you mean {close[0]}?" if close else "`watchmux config` lists those that exist"
+            # Without the prefix, which is alike in all.
+            own = {known.removeprefix(ENV_PREFIX): known for known in names}
+            close = difflib.get_close_matches(name.removeprefix(ENV_PREFIX), own, 1)
+            hint = f"did you mean {own[close[0]]}?" if close else "`watchmux config` lists those that exist"
+            if name == ENV_PREFIX + "DEBUG":
+                hint = f"set {ENV_PREFIX}LOG_LEVEL=debug"
             yield f"{name}: unknown environment variable; {hint}"
 
 

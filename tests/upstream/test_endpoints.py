@@ -51,28 +51,40 @@ def test_good_endpoints(text: str, expected: tuple[str, int, str, bool | None], 
         ("[::1", "is not a host name"),
         ("[::1]2379", "is not a host name"),
         ("[nonsense]:1", "is not a host name"),
-        ("a b:2379", "is not a host name"),
+        ("a b:2379", "separate endpoints by commas"),
+        ("a:2379 b:2379", "separate endpoints by commas"),
+        ("a:2379;b:2379", "separate endpoints by commas"),
+        ("etcd..example:2379", "is not a host name"),
+        ("http:etcd:2379", "'://' is missing; write http://etcd:2379"),
+        ("http:/etcd:2379", "'://' is missing; write http://etcd:2379"),
+        ("https//etcd:2379", "'://' is missing; write https://etcd:2379"),
         ("-etcd:2379", "is not a host name"),
         ("http://etcd:2379/v3", "a path after the port"),
         ("etcd:2379?x", "a path after the port"),
         ("http://root:pw@etcd:2379", "contains a user name"),
+        ("root:pw@etcd:2379", "contains a user name"),
         ("unix://", "path of the socket is missing"),
     ],
 )
 def test_bad_endpoints_are_refused_with_an_explanation(text: str, complaint: str) -> None:
     with pytest.raises(BadEndpoint, match=complaint) as refusal:
         parse_endpoint(text)
-    assert repr(text) in str(refusal.value)
+    assert repr(text.replace("root:pw", "***")) in str(refusal.value)
     assert refusal.value.to_do
 
 
 def test_lists() -> None:
-    assert [endpoint.text for endpoint in parse_endpoints(" a:1, http://b:2,,a:1 ")] == ["a:1", "http://b:2"]
+    assert [endpoint.text for endpoint in parse_endpoints(" a:1, http://b:2,a:1 ")] == ["a:1", "http://b:2"]
     assert [endpoint.port for endpoint in parse_endpoints(["a:2", "b:1"])] == [2, 1]
     nothings: list[str | list[str]] = ["", " , ", []]
     for nothing in nothings:
         with pytest.raises(BadEndpoint, match="the list is empty"):
             parse_endpoints(nothing)
+    gaps: list[str | list[str]] = ["a:1,", ",a:1", "a:1,,b:2", ["a:1", " "]]
+    for gap in gaps:
+        with pytest.raises(BadEndpoint, match="one of them is empty; give it, or remove its comma"):
+            parse_endpoints(gap)
+    assert parse_endpoints("unix:///run/my etcd;1.sock")[0].path == "/run/my etcd;1.sock"
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,10 @@ def test_an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("WATCHMUX_ENDPOINT", "a:1")
     message = "WATCHMUX_ENDPOINT: unknown environment variable; did you mean WATCHMUX_ENDPOINTS?"
     assert refusal("--endpoints=b:1") == message
+    (problem,) = problems_of({"WATCHMUX_DEBUG": "1"})
+    assert problem == "WATCHMUX_DEBUG: unknown environment variable; set WATCHMUX_LOG_LEVEL=debug"
+    (problem,) = problems_of({"WATCHMUX_X": "1"})
+    assert problem == "WATCHMUX_X: unknown environment variable; `watchmux config` lists those that exist"
 
 
 KUBERNETES = {
@@ -241,6 +245,19 @@ def test_a_proxy_that_lends_its_certificate_warns(tmp_path: Path) -> None:
     server = (f"--cert-file={files.server_cert}", f"--key-file={files.server_key}", f"--trusted-ca-file={files.ca}")
     assert settings(*pair, *server)[1] == []
     assert settings(*pair, "--listen-addr=unix:///run/w.sock")[1] == []
+
+
+def test_what_has_no_effect_is_said(tmp_path: Path) -> None:
+    files = make_certificates(tmp_path)
+    without = "has no effect without"
+    assert settings("--endpoints=a:1", "--tls-min-version=TLS1.3")[1] == [f"--tls-min-version {without} --cert-file"]
+    assert settings("--endpoints=a:1", "--discovery-srv-name=x", "--insecure-discovery")[1] == [
+        f"--discovery-srv-name {without} --discovery-srv",
+        f"--insecure-discovery {without} --discovery-srv",
+    ]
+    (note,) = settings("--endpoints=http://a:1,http://b:1", f"--cacert={files.ca}")[1]
+    assert note == "--cacert has no effect: each endpoint is http://, which is without TLS"
+    assert settings("--endpoints=http://a:1,b:1", f"--cacert={files.ca}")[1] == []
 
 
 GRPC_PROXY_FLAGS = """

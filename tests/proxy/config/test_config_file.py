@@ -140,7 +140,7 @@ def test_an_error_names_the_origin_of_the_value(tmp_path: Path) -> None:
     path.write_text("[watch]\nlinger_s = -3\n")
     # A value that a flag overrides is not used, and so not checked.
     merge_settings({"watch.linger_s": ConfiguredValue(5.0, "--linger")}, path, [])
-    with pytest.raises(ConfigError, match=r"^--linger: expected a number of seconds >= 0, got -1\.0$"):
+    with pytest.raises(ConfigError, match=r"^--linger: expected a duration >= 0s, got '-1000ms'$"):
         merge_settings({"watch.linger_s": ConfiguredValue(-1.0, "--linger")}, None, [])
 
 
@@ -213,7 +213,7 @@ def test_certificates_are_loaded_before_anything_starts(tmp_path: Path) -> None:
         ("watch.linger_s", "500ms", 0.5),
         ("watch.history_bytes_max", "1MiB", 2**20),
         ("watch.watches_max", "10_000", 10_000),
-        ("upstream.endpoints", " a:1, b:2 ,", ["a:1", "b:2"]),
+        ("upstream.endpoints", " a:1, b:2 ", ["a:1", "b:2"]),
         ("upstream.insecure_skip_tls_verify", "True", True),
         ("upstream.insecure_skip_tls_verify", "0", False),
         ("listener.listen_addr", ":1", ":1"),

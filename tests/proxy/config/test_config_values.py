@@ -124,6 +124,8 @@ def test_addresses_to_listen_on(text: str, address: Address) -> None:
     [
         ("127.0.0.1", "has no port; write HOST:PORT"),
         ("", "has no port"),
+        ("[::1]", "'[::1]' has no port"),
+        ("127.0.0.1:1,127.0.0.1:2", "is a list; give one address"),
         ("127.0.0.1:", "'' in '127.0.0.1:' is not a port"),
         ("127.0.0.1:x", "'x' in '127.0.0.1:x' is not a port; it is a number from 0 to 65535"),
         ("127.0.0.1:65536", "is not a port"),
@@ -216,7 +218,7 @@ def test_urls_for_clients(text: str, url: str) -> None:
             "'http://proxy:2379/v3': remove everything after the port; clients accept only HOST:PORT",
         ),
         ("http://a:1,http://b:1", "'http://a:1,http://b:1': remove everything after the port"),
-        ("a:1,b:1", "'a:1,b:1' is ambiguous"),
+        ("a:1,b:1", "'a:1,b:1' is a list; give one address"),
     ],
 )
 def test_bad_urls_for_clients_are_refused(text: str, problem: str) -> None:
