@@ -179,7 +179,7 @@ class Losses:
         if isinstance(source, Backfill):
             survivors = list(source.watches)
             self._lift_all(survivors)
-            self._placement.close(source, gone=True)
+            self._close(source)
             self._placement.place(survivors)
             if source.is_upgrade:
                 self._placement.restore_upgrade(source.trunk)
@@ -223,8 +223,14 @@ class Losses:
             self._prepare_again(trunk)
             self._trunks.remove(trunk, gone=True)
         elif isinstance(source, Backfill) and source in self._state.backfills:
-            self._placement.close(source, gone=True)
+            self._close(source)
         return left
+
+    def _close(self, backfill: Backfill) -> None:
+        """Close a backfill that etcd has ended; if it is an upgrade, creates with prev_kv may have waited for that."""
+        self._placement.close(backfill, gone=True)
+        if backfill.is_upgrade:
+            self._state.to_advance.update((create.session, None) for create in backfill.trunk.joining)
 
     def _prepare_again(self, trunk: Trunk) -> None:
         """Let the creates that wait for a trunk which is removed get another one."""

@@ -129,7 +129,8 @@ class CoverMover:
             moved = self._move(trunk, left)
             left -= moved
             examined += 1
-            self._idle = 0 if moved else self._idle + 1
+            # One that has nothing to move any more has left `to_move`.
+            self._idle = 0 if moved else self._idle + (trunk in state.to_move)
         if self._idle >= len(state.to_move):
             self._end_circle()
 
@@ -227,7 +228,9 @@ class CoverMover:
                 self._to_examine.append(trunk)
             self._move_watch(watch, trunk)
             moved += 1
-        cover.watches.update(dict.fromkeys(waiting))
+        if waiting:
+            cover.watches.update(dict.fromkeys(waiting))
+            state.lingers.stop(cover)
         if not cover.watches and not cover.joining:
             state.to_move.pop(cover, None)
             cover.awaited = False

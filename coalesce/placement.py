@@ -407,8 +407,6 @@ class Placement:
         self._state.ending.pop(backfill, None)
         if backfill.is_upgrade:
             backfill.trunk.upgrade = None
-            # Creates with prev_kv may have waited until it was gone.
-            self._state.to_advance.update((create.session, None) for create in backfill.trunk.joining)
             return
         backfill.trunk.backfills.remove(backfill)
         self._state.stats.backfills -= 1

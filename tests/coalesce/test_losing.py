@@ -164,8 +164,9 @@ def test_a_create_that_comes_while_an_upgrade_ends_is_not_lost() -> None:
 
 
 @pytest.mark.parametrize("prev_kv", [False, True])
-def test_no_watch_moves_to_a_trunk_whose_watches_end(prev_kv: bool) -> None:
-    """A cover is removed, and etcd has just refused the token of another watch of the range."""
+@pytest.mark.parametrize("refused", [False, True])
+def test_no_watch_moves_to_a_trunk_whose_watches_end(prev_kv: bool, refused: bool) -> None:
+    """A cover is removed or refused, and etcd has just refused the token of another watch of the range."""
     shell = Shell(LIMITS)
     covered = replace(LIMITS, covers=(b"/s/",))
     moved, other = shell.client(b"new"), shell.client(b"new")
@@ -174,18 +175,24 @@ def test_no_watch_moves_to_a_trunk_whose_watches_end(prev_kv: bool) -> None:
     shell.settle()
     cover = shell.opened[-1]
     shell.created(cover, 10)
+    # The watches of a cover leave it in the opposite order.
+    other.create(b"/s/b", start=11)
     shell.wait(1)
     assert moved.session.watches[0].trunk is cover.owner
-    other.create(b"/s/b", start=11)
     # The trunk lingers, so it serves new watches until these move as well.
     for _ in range(20):
         shell.client(b"old").create(b"/s/a", start=11, prev_kv=prev_kv)
+    # The event loop is late: to move watches is due as well.
+    shell.now += 1
     shell.do(shell.core.upstream_lost, trunk, UpstreamLost(16, "etcdserver: invalid auth token"))
-    shell.core.limits = LIMITS
+    if refused:
+        shell.do(shell.core.upstream_lost, cover, UpstreamLost(7, "denied"))
+    else:
+        shell.core.limits = LIMITS
     in_steps(shell, lambda: shell.core.stats.sessions)
     shell.wait(2)
     assert (moved.ended, other.ended, shell.core.stats.sessions) == (None, None, 2)
-    assert cover in shell.closed
+    assert cover.closed
     again = {each.key: each for each in shell.opened if not each.closed}
     assert {key: each.start_revision for key, each in again.items()} == {b"/s/a": 11, b"/s/b": 11}
     shell.created(again[b"/s/a"], 10)
