@@ -110,7 +110,7 @@ def _cover(state: CoreState, prefix: bytes, now: float) -> CoverReport:
     )
 
 
-def suggested_covers(core: Coalescer, looked_at: int = 2_000) -> list[Suggestion]:
+def suggested_covers(core: Coalescer, looked_at: int = 1_000) -> list[Suggestion]:
     """Return covers that would save upstream watches, judged by the first `looked_at` trunks."""
     opened = islice(core._state.trunks.values(), looked_at)
     return suggest((trunk.key, trunk.range_end) for trunk in opened if not trunk.is_cover)

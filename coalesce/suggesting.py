@@ -21,6 +21,8 @@ _SHARE: Final = 0.9
 # Prefixes of one key that are considered, and the part of a key that is looked at.
 _PREFIXES_MAX: Final = 8
 _KEY_BYTES_MAX: Final = 256
+# What each byte is: "a" of a name, as are all bytes above ASCII, or "/", a separator.
+_KINDS: Final = bytes([b"/a"[byte >= 0x80 or chr(byte).isalnum()] for byte in range(256)])
 # An upstream watch that a cover saves is worth this many events a second that no client watches.
 EVENTS_PER_WATCH_S: Final = 0.1
 
@@ -43,7 +45,7 @@ def suggest(spans: Iterable[Span]) -> list[Suggestion]:
     fitting = sorted((prefix for prefix, count in counts.items() if count >= RANGES_MIN), key=len)
     chosen: list[Suggestion] = []
     for prefix in fitting:
-        if any(prefix.startswith(each.prefix) for each in chosen):
+        if any(prefix.startswith(each.prefix) or each.prefix.startswith(prefix) for each in chosen):
             continue
         enough = _SHARE * counts[prefix]
         best = max((each for each in fitting if each.startswith(prefix) and counts[each] >= enough), key=len)
@@ -53,8 +55,13 @@ def suggest(spans: Iterable[Span]) -> list[Suggestion]:
 
 def _prefixes(key: bytes) -> list[bytes]:
     """Return the prefixes of a key that end at a separator and name something."""
-    ends = [place + 1 for place, byte in enumerate(key[:_KEY_BYTES_MAX]) if not chr(byte).isalnum()]
-    return [key[:end] for end in ends if any(chr(byte).isalnum() for byte in key[:end])][:_PREFIXES_MAX]
+    key = key[:_KEY_BYTES_MAX]
+    kinds = key.translate(_KINDS)
+    end = kinds.find(b"a")
+    found: list[bytes] = []
+    while end >= 0 and len(found) < _PREFIXES_MAX and (end := kinds.find(b"/", end) + 1):
+        found.append(key[:end])
+    return found
 
 
 def costs_more_than_it_saves(unwanted_events: int, seconds: float, branches: int) -> bool:

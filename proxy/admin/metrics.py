@@ -281,13 +281,14 @@ def _of_every_process(cpu_s: float, sizes: tuple[int, int], opened: int, pid: in
         ("virtual_memory_bytes", "Address space; with --workers the sum.", virtual),
         ("open_fds", "Open file descriptors; with --workers of the process that has the most.", opened),
         ("max_fds", "Maximum number of open file descriptors of a process.", descriptors.limit()),
-        ("start_time_seconds", "Start time since the epoch; with --workers of their parent.", _start_time_s(pid)),
+        ("start_time_seconds", "Start time since the epoch; with --workers of their parent.", start_time_s(pid)),
     ):
         yield GaugeMetricFamily(f"process_{name}", text, value=value)
 
 
 @cache
-def _start_time_s(pid: int) -> float:
+def start_time_s(pid: int) -> float:
+    """Return when a process started, since the epoch. The first call lists its descriptors: 1 us of CPU for each."""
     collector = ProcessCollector(pid=lambda: pid, registry=CollectorRegistry())
     samples = {sample.name: sample.value for family in collector.collect() for sample in family.samples}
     return samples.get("process_start_time_seconds", 0.0)

@@ -64,7 +64,9 @@ class Exposition:
         """Make the page for Prometheus."""
         async with self._loading:
             if self._registry is None:
-                await asyncio.get_running_loop().run_in_executor(None, _load_metrics)
+                await asyncio.get_running_loop().run_in_executor(
+                    None, _load_metrics, os.getpid() if self.monitor.whole is None else os.getppid()
+                )
                 from proxy.admin.metrics import registry_of
 
                 self._registry = registry_of(self.monitor)
@@ -80,12 +82,15 @@ class Exposition:
         return AdminResponse(_encoded(body), "application/json", status)
 
 
-def _load_metrics() -> None:
+def _load_metrics(pid: int) -> None:
     """Load what makes the page for Prometheus, in another thread: it takes the event loop's time of 30 to 50 ms.
 
-    At the first scrape, since the client library takes 4.3 MiB, most of it for HTTP, mail and HTML.
+    At the first scrape, since the client library takes 4.3 MiB, most of it for HTTP, mail and HTML. `pid`: of the
+    process whose start the page shows.
     """
-    from proxy.admin import metrics  # noqa: F401
+    from proxy.admin.metrics import start_time_s
+
+    start_time_s(pid)
 
 
 class Admin:

@@ -93,6 +93,20 @@ def test_lagging_watches_share_a_backfill(shell: Shell) -> None:
     assert other is not backfill
 
 
+def test_a_bounded_number_of_watches_share_a_backfill(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each event of a backfill examines all of its watches in one step."""
+    monkeypatch.setattr("coalesce.placement.SHARED_BY_MAX", 2)
+    clients = [behind(shell, 50)[0] for _ in range(5)]
+    trunk, *backfills = shell.opened
+    assert [(each.watchers, each.start_revision) for each in backfills] == [(2, 50), (2, 50), (1, 50)]
+    for backfill in backfills:
+        shell.events(backfill, put(60), at=100)
+        shell.progressed(100, trunk, backfill)
+    assert shell.closed == backfills
+    shell.events(trunk, put(101))
+    assert [client.read() for client in clients] == [["#0 @60 put 60 k=v", "#0 @101 put 101 k=v"]] * 5
+
+
 def test_an_older_backfill_takes_over_those_with_no_event_yet() -> None:
     """Many watches that arrive with the newest start first share one backfill, like in any other order."""
     shell = Shell(CoreLimits(backfills_max=1, backfill_share_revisions=30))

@@ -29,6 +29,8 @@ def below(prefix: bytes, count: int) -> list[Span]:
         # Prefixes of their own, and a range that is wider than the prefix.
         ([(b"/s/%d/" % place, prefix_end(b"/s/%d/" % place)) for place in range(40)], [(b"/s/", 40)]),
         ([*below(b"/s/", 30), (b"/s/x", b"\x00")], [(b"/s/", 30)]),
+        # The first eight prefixes of a long key.
+        (below(b"/s/" + b"x/" * 200, 30), [(b"/s/" + b"x/" * 7, 30)]),
     ],
 )
 def test_suggested_covers(spans: list[Span], wanted: list[Suggestion]) -> None:

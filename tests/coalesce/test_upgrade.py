@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from coalesce import Upstream
 from tests.coalesce.shell import Client, Shell, delete, put
 
@@ -48,6 +50,29 @@ def test_the_first_watch_with_prev_kv_opens_an_upgrade(shell: Shell) -> None:
     assert plain.read() == ["#0 @7 put 7 k=v"]
     assert wants.read() == ["#0 @7 put 7 k=v (was v)"]
     assert shell.core.stats.upgrades == 1
+
+
+def test_a_bounded_number_of_watches_wait_on_an_upgrade(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They move to the trunk in one step; further ones have a backfill with prev_kv meanwhile."""
+    monkeypatch.setattr("coalesce.placement.UPGRADED_MAX", 2)
+    plain, first, old, new = upgrade(shell)
+    others = [shell.client() for _ in range(3)]
+    for client in others:
+        client.create(start=6, prev_kv=True)
+        assert client.read() == ["#0 @5 created"]
+    backfill = shell.opened[-1]
+    assert (new.watchers, backfill.watchers) == (2, 2)
+    assert (backfill.prev_kv, backfill.is_backfill, backfill.start_revision) == (True, True, 6)
+    shell.created(new, 6)
+    shell.created(backfill, 6)
+    shell.events(old, put(6))
+    shell.events(new, put(6, prev=b"u"))
+    assert shell.closed == [old]
+    shell.events(backfill, put(6, prev=b"u"))
+    assert shell.closed == [old, backfill]
+    shell.events(new, put(7, prev=b"v"))
+    assert plain.read() == ["#0 @6 put 6 k=v", "#0 @7 put 7 k=v"]
+    assert [each.read() for each in (first, *others)] == [["#0 @6 put 6 k=v (was u)", "#0 @7 put 7 k=v (was v)"]] * 4
 
 
 def test_an_upgrade_may_be_ahead_of_its_trunk(shell: Shell) -> None:

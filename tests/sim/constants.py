@@ -56,6 +56,8 @@ SMALL: dict[tuple[str, str], tuple[int, ...]] = {
     ("upstream.watching.feed", "WITHOUT_EVENTS_MAX"): _FEW,
     ("coalesce.waiting", "CHECKED_WATCHES_MAX"): _FEW,
     ("coalesce.waiting", "ANSWERED_SESSIONS_MAX"): _FEW,
+    ("coalesce.placement", "SHARED_BY_MAX"): _FEW,
+    ("coalesce.placement", "UPGRADED_MAX"): _FEW,
 }
 """The values of each constant, by module and name."""
 

@@ -246,7 +246,7 @@ ANONYMOUS_KIB_MAX = 20.25 * 1024
 rest are mapped files, of which each kernel maps more or less)."""
 
 LOADED = """
-import asyncio, sys
+import asyncio, os, sys
 from proxy.admin import port
 from proxy.admin.port import PAGES, Admin
 from proxy.config.values import Address
@@ -267,7 +267,7 @@ async def serve():
     for path in ("/health", "/livez", "/v1/status", "/v1/clients", "/v1/overview", *PAGES):
         await get(path)
     print("loaded: ", *sys.modules)
-    port._load_metrics()
+    port._load_metrics(os.getpid())
     before = {*sys.modules}
     await get("/metrics")
     print("by a scrape on the loop: ", *{*sys.modules} - before)
