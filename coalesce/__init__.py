@@ -10,8 +10,9 @@ Its modules, from the bottom up; each imports and calls only modules before it:
 - state: `model` (sessions, watches, sources), `cover`, `effects`, `state`, `fanout` (batches to watches)
 - progress: `waiting`, `progress_requests`, `notifying`, `progress`
 - placement: `placement` (places and backfills), `replay`, `runs` (of fragments)
-- life of watches: `revision_reads`, `trunk`, `moving` (to and from covers), `ending`, `losing`, `joining`
-- interface: `invariants` and `report` only read; `core` has one method for each input
+- life of watches: `revision_reads`, `trunk`, `moving` (to and from covers), `ending` (cancellation), `losing`,
+  `joining` (admission)
+- interface: `core` has one method for each input; `invariants` and `report` only read
 """
 
 from coalesce.batch import Payload

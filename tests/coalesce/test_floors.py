@@ -8,6 +8,7 @@ its own methods to be called from below, except `History.eviction_hook`: memory 
 from __future__ import annotations
 
 import ast
+import re
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,28 +17,8 @@ import coalesce
 
 ROOT = Path(coalesce.__file__).parent
 
-# From the bottom up; within a floor, too.
-FLOORS = {
-    "values": (
-        "limits",
-        "stats",
-        "timers",
-        "ahead",
-        "place",
-        "pending",
-        "inputs",
-        "ranges",
-        "suggesting",
-        "batch",
-        "history",
-    ),
-    "state": ("model", "cover", "effects", "state", "fanout"),
-    "progress": ("waiting", "progress_requests", "notifying", "progress"),
-    "placement": ("placement", "replay", "runs"),
-    "lifecycle": ("revision_reads", "trunk", "moving", "ending", "losing", "joining"),
-    "interface": ("core", "invariants", "report", "__init__"),
-}
-ORDER = [name for floor in FLOORS.values() for name in floor]
+# From the bottom up, as the package lists them.
+ORDER = [*re.findall(r"`(\w+)`", (coalesce.__doc__ or "").partition("from the bottom up")[2]), "__init__"]
 
 # Own methods that are passed on instead of called: history.evict_oldest calls it back.
 CALLBACKS = {("replay", "_release")}

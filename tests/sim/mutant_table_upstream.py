@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.sim.mutants import Mutant
 
 _CLIENT = "upstream.watching.state"
+_POSITIONS = "upstream.watching.positions"
 _PROOF = "upstream.watching.proof"
 _SUSPECTS = "upstream.watching.suspects"
 _FEED = "upstream.watching.feed"
@@ -36,10 +37,10 @@ CLIENT_MUTANTS: tuple[Mutant, ...] = (
         "registration.unproven = 0",
     ),
     Mutant("any answer proves any watch complete", _PROOF, "registration.unproven < stream.answers_from", "True"),
-    Mutant("half a revision is passed on", _CLIENT, "                whole -= 1", "                break"),
+    Mutant("half a revision is passed on", _POSITIONS, "whole -= 1", "break"),
     Mutant(
         "what came before the break comes again",
-        _CLIENT,
+        _POSITIONS,
         "[event for event in events if event.revision >= next_revision]",
         "list(events)",
     ),

@@ -40,7 +40,9 @@ _LAYOUT = {
 }
 FAMILIES = (CORE, STORE, WATCH_STATE, CHOICE, FEED, LINEAGE, DECIDING, ATTEMPTS)
 # Modules of a family that is not a package.
-_MEMBERS = {f"upstream.watching.{name}": WATCH_STATE for name in ("proof", "registrations", "streams", "suspects")}
+_MEMBERS = {
+    f"upstream.watching.{name}": WATCH_STATE for name in ("positions", "proof", "registrations", "streams", "suspects")
+}
 
 
 class Mutant(NamedTuple):

@@ -25,8 +25,8 @@ lost connection does not change positions, and `register` creates all watches ag
   resuming above it could lose that event. Yet the event is not *needed*, since clients that join at "now" skip events
   at or below the revision of `created`: if only that event is compacted, the watch continues.
 
-Elsewhere: which stream a watch belongs to (`streams`), which create ends its stream (`suspects`), what progress answers
-prove (`proof`), how a large response becomes a run of pieces (`feed`).
+Elsewhere: what of a response is new (`positions`), which stream a watch belongs to (`streams`), which create ends its
+stream (`suspects`), what progress answers prove (`proof`), how a large response becomes a run of pieces (`feed`).
 
 Sources: etcd server/etcdserver/api/v3rpc/watch.go, server/storage/mvcc/watchable_store.go.
 """
@@ -52,10 +52,10 @@ from upstream.watching.effects import (
     WatchReceived,
     WriteMessage,
 )
+from upstream.watching.positions import pass_on, pass_on_bookmark, pass_on_piece
 from upstream.watching.proof import ask_progress, note_created, progress_answered, send_probe
 from upstream.watching.registrations import Registrations
 from upstream.watching.stream import (
-    HeldRevision,
     OpenedWatch,
     Registration,
     SentCreate,
@@ -302,7 +302,7 @@ class WatchState:
         registration = stream.by_id.get(response.watch_id)
         if registration is None or not response.plain or stream.held:
             return self._received_otherwise(stream, registration, response)
-        return self._received_again(registration, response)
+        return [pass_on(registration, response)]
 
     def received_events(self, stream: WatchStream, response: WatchResponse) -> OpenedWatch | None:
         """Handle events of a live watch that are all new and return the watch: the fast path of `received`.
@@ -338,7 +338,7 @@ class WatchState:
         elif response.events or response.watch_id in stream.held:
             self._piece(stream, registration, response, effects)
         else:
-            self._bookmark(registration, response, effects)
+            effects.append(pass_on_bookmark(registration, response))
         # Writes first: creates that the listener opens while it is notified (of one of these effects) must follow them
         # on the wire, as they do in `creating`.
         effects.sort(key=lambda effect: isinstance(effect, WatchReceived | Progressed | WatchLost | TokenRefused))
@@ -455,53 +455,12 @@ class WatchState:
     def _piece(
         self, stream: WatchStream, registration: Registration, response: WatchResponse, effects: list[WatchEffect]
     ) -> None:
-        """Handle events within a run of pieces: pass on the complete revisions.
-
-        The last revision of a piece may continue in the next one, so it is held back; the whole run, which could be a
-        thousand revisions, is never held. What is passed on is marked as a fragment while the run continues.
-        """
-        watch_id = response.watch_id
-        events, goes_on = response.events, response.fragment
-        held = stream.held.pop(watch_id, None) or HeldRevision()
-        whole = len(events)
-        while goes_on and whole and events[whole - 1].revision == events[-1].revision:
-            whole -= 1
-        complete = events[:whole]
-        if held.events and (whole or not goes_on or (events and events[0].revision != held.events[-1].revision)):
-            complete = held.events + complete
-            held = HeldRevision()
-        if complete:
-            joined = WatchResponse(response.header, watch_id, fragment=goes_on, events=complete)
-            effects.extend(self._received_again(registration, joined))
-        if goes_on:
-            held.events += events[whole:]
-            held.size += sum([len(event.encoded) for event in events[whole:]])
-            stream.held[watch_id] = held
-            if held.size > self._held_bytes_max:
-                text = f"watchmux: a revision larger than the maximum ({held.size} vs. {self._held_bytes_max} bytes)"
-                effects.append(WatchLost(registration.watch, Status.RESOURCE_EXHAUSTED, text))
-                self._forget(registration, effects)
-
-    def _received_again(self, registration: Registration, response: WatchResponse) -> list[WatchEffect]:
-        """Pass on whole revisions, without those that were received before."""
-        next_revision = registration.next_revision or 0
-        events = response.events
-        if events[0].revision < next_revision:
-            events = [event for event in events if event.revision >= next_revision]
-            response.events = events
-            if not events:
-                return [HeaderSeen(response.header)]
-        registration.next_revision = events[-1].revision + 1
-        return [WatchReceived(registration.watch, response)]
-
-    def _bookmark(self, registration: Registration, response: WatchResponse, effects: list[WatchEffect]) -> None:
-        """Handle progress under the watch's own id (progress_notify), which every etcd sends in order with events."""
-        revision = response.header.revision
-        if revision + 1 >= (registration.next_revision or 0):
-            registration.next_revision = revision + 1
-            effects.append(WatchReceived(registration.watch, response))
-        else:
-            effects.append(HeaderSeen(response.header))
+        """Handle events within a run of pieces."""
+        held_bytes = pass_on_piece(stream, registration, response, effects)
+        if held_bytes > self._held_bytes_max:
+            text = f"watchmux: a revision larger than the maximum ({held_bytes} vs. {self._held_bytes_max} bytes)"
+            effects.append(WatchLost(registration.watch, Status.RESOURCE_EXHAUSTED, text))
+            self._forget(registration, effects)
 
     def _register(self, registration: Registration, effects: list[WatchEffect]) -> None:
         """Send the create of a registration without a stream, on the stream it belongs to."""
