@@ -23,8 +23,12 @@ class Cork(Protocol):
     """Collects what a read causes to be written to clients, so that each gets one write."""
 
     @property
+    def part(self) -> int:
+        """How many clients are written to in one turn."""
+
+    @property
     def behind(self) -> bool:
-        """Much waits to be written to many clients: pass on no more for many of them."""
+        """Output for more clients than that is being written: pass on nothing else for so many."""
 
     def cork(self) -> None:
         """Begin; may be nested."""

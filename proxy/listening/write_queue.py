@@ -7,7 +7,7 @@ twenty connections costs twenty writes.
 A write costs 20 us. An event for thousands of connections is written in parts, one in each turn: what etcd and the
 clients send is read between them, and what is queued for few connections is written first. A connection stays `dirty`
 until its part is written, so its own output keeps its order. Until the last part is written, the queue is `behind`, and
-no further events for many clients are read (`upstream/watching/call.py`): the output of one is in memory, not of all.
+no other event for so many is passed on (`upstream/watching/call.py`): the output of one is in memory, not of all.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class WriteQueue:
         """What `when_written` was called with."""
         self._scheduled = False
         """`_turn` is called in the next turn."""
+        self.part = PART_CONNECTIONS
+        """Output for more clients than this is written in parts."""
         self.corks = 0
         """Calls of `cork` without their `uncork`: while there are any, nothing is written."""
         self.behind = False
@@ -95,7 +97,7 @@ class WriteQueue:
 
     def relieve(self) -> None:
         """Write in the middle of a read because much is queued; what is for many connections is written in parts."""
-        if len(self._aside) <= PART_CONNECTIONS or self.queued_bytes >= QUEUED_BYTES_MAX:
+        if len(self._aside) <= self.part or self.queued_bytes >= QUEUED_BYTES_MAX:
             self.flush()
         else:
             self.behind = True
@@ -141,7 +143,7 @@ class WriteQueue:
     def _write_dirty(self) -> None:
         """Write what is queued for few connections."""
         dirty, self._dirty = self._dirty, []
-        if len(dirty) > PART_CONNECTIONS:
+        if len(dirty) > self.part:
             self._aside += dirty
             dirty = []
         for connection in dirty:
@@ -158,7 +160,7 @@ class WriteQueue:
         """Write some of the connections that are written in parts."""
         aside, stats = self._aside, self._stats
         written_max = stats.written_bytes + PART_BYTES
-        left = PART_CONNECTIONS
+        left = self.part
         while aside and left and stats.written_bytes < written_max:
             self._write(aside.popleft())
             left -= 1

@@ -15,7 +15,6 @@ from typing import Protocol
 from coalesce.batch import Payload
 from coalesce.effects import Deliver, Effect, Send
 from coalesce.model import Session, Watch
-from proxy.listening.write_queue import PART_CONNECTIONS
 from proxy.watch.outlets import RUN_WATCHES_MIN, DeliveryPlan, Outlet, Output, on_distinct_connections, plan_of
 
 BULKY_BYTES = 8 * 1024
@@ -63,7 +62,7 @@ class Delivery:
         payload, watches = effect.payload, effect.watches
         count = len(watches)
         plan = plan_of(watches) if count >= RUN_WATCHES_MIN else None
-        many = count > PART_CONNECTIONS
+        many = count > self._output.part
         if plan is None:
             sent = self._deliver_each(payload, watches, many)
         else:

@@ -40,6 +40,7 @@ class Outlet(Protocol):
 class Output(Protocol):
     """What is queued for all clients; implemented by `listening.write_queue.WriteQueue`, which describes all of it."""
 
+    part: int
     on_written: Callable[[float], None] | None
     since: float
     queued_bytes: int

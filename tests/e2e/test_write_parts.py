@@ -20,9 +20,7 @@ PUTS = 40
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make two connections a part, and two clients many."""
     monkeypatch.setattr("proxy.listening.write_queue.PART_CONNECTIONS", 2)
-    monkeypatch.setattr("proxy.watch.delivery.PART_CONNECTIONS", 2)
     monkeypatch.setattr("proxy.watch.delivery.ALONE_MAX", 2)
-    monkeypatch.setattr("upstream.watching.call.MANY_CLIENTS", 3)
 
 
 @pytest.mark.usefixtures("small_parts")

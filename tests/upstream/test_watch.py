@@ -328,6 +328,8 @@ class Ordered(Recorder):
 class Unwritten:
     """A `Cork`: after an event for many clients, what it caused is written when the test says so."""
 
+    part = 2 * MANY_CLIENTS
+
     def __init__(self) -> None:
         self.behind = False
         self.waiting: list[Callable[[], None]] = []
@@ -345,7 +347,7 @@ class Unwritten:
 async def test_events_for_many_wait_until_earlier_ones_are_written() -> None:
     async with scripted() as etcd:
         seen, cork = Ordered(), Unwritten()
-        many, few = Opened(b"a", watchers=MANY_CLIENTS), Opened(b"b", watchers=MANY_CLIENTS - 1)
+        many, few = Opened(b"a", watchers=cork.part + 1), Opened(b"b", watchers=cork.part)
         async with watching(etcd.endpoint, seen, cork=cork) as client:
             client.open(many)
             client.open(few)

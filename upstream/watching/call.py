@@ -2,7 +2,7 @@
 
 One read of a socket can bring events for a million watches of clients, or the answers to thousands of creates. Once a
 turn has lasted for TURN_S, only events of upstream watches that serve few clients are passed on; all other responses
-wait for the next turn. Events for many clients also wait while earlier ones are being written (`Cork.behind`).
+wait for the next turn. Events for very many clients also wait while an earlier one is being written (`Cork.behind`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from upstream.connection import ClientConnection, UpstreamCall
 from upstream.heads import request_headers
 from upstream.settings import UpstreamSettings
 from upstream.unary import Metadata
-from upstream.watching.feed import ResponseOrder, joined
+from upstream.watching.feed import LargeMessage, ResponseOrder, joined
 from upstream.watching.stream import SentCreate, StreamKind, WatchStream
 
 WATCH_PATH: Final = b"/etcdserverpb.Watch/Watch"
@@ -199,25 +199,21 @@ class UpstreamWatchCall:
     def _waits(self, late_at: float, response: WatchResponse) -> bool:
         """Return whether a response must wait: because the stream is paused, or at `late_at` or later.
 
-        Events for few clients do not wait when it is late; those for many also wait while others are being written.
+        Events for few clients do not wait when it is late; those for very many also wait for the output.
         """
         if self._stream.paused:
             return True
         is_late = self._loop.time() >= late_at
         if not response.plain:
             return is_late
-        return (is_late or self._unwritten) and self._clients(response.watch_id) >= MANY_CLIENTS
+        return (is_late and self._clients(response.watch_id) >= MANY_CLIENTS) or self._waits_for_output(response)
 
-    @property
-    def _unwritten(self) -> bool:
-        """Events for many clients are being written."""
+    def _waits_for_output(self, response: LargeMessage | WatchResponse) -> bool:
+        """Return whether a response is for very many clients while output for so many is being written."""
         cork = self.call.connection.cork if self.call is not None else None
-        return cork is not None and cork.behind
-
-    def _next_is_for_many(self) -> bool:
-        """Return whether the next response that waits is for many clients."""
-        watch_id = self._feed.waiting[0].watch_id if self._feed.waiting else None
-        return watch_id is not None and self._clients(watch_id) >= MANY_CLIENTS
+        if cork is None or not cork.behind or response.watch_id is None:
+            return False
+        return self._clients(response.watch_id) > cork.part
 
     def _clients(self, watch_id: int) -> int:
         """Return how many clients the watch of this id serves; 0 if it is not known."""
@@ -230,8 +226,8 @@ class UpstreamWatchCall:
         call = self.call
         if call is None or self._stream.paused:
             return
-        cork = call.connection.cork
-        if cork is not None and cork.behind and self._next_is_for_many():
+        cork, waiting = call.connection.cork, self._feed.waiting
+        if cork is not None and waiting and self._waits_for_output(waiting[0]):
             self._goes_on = True
             cork.when_written(self._go_on)
             return
@@ -241,7 +237,7 @@ class UpstreamWatchCall:
         try:
             self._take(call)
             while self._feed.has_next and self._loop.time() < end and self.call is not None and not self._stream.paused:
-                if self._unwritten and self._next_is_for_many():
+                if self._waits_for_output(waiting[0]):
                     break
                 self._take(call)
         finally:

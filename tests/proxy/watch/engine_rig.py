@@ -15,6 +15,7 @@ from proto.scan import Header
 from proxy.auth.model import AnswerRead, DisconnectSession, PermissionCheck, RevisionRegressed, SendCall
 from proxy.auth.queries import NO_RIGHT, Queries, RevisionRead
 from proxy.auth.restore import AuthScope
+from proxy.listening.write_queue import PART_CONNECTIONS
 from proxy.watch.engine import Engine
 
 HEADER = Header.make(1, 2, 3, 4)
@@ -219,6 +220,7 @@ class FakeOutput:
         self.corks = 0
         self.since = 0.0
         self.queued_bytes = 0
+        self.part = PART_CONNECTIONS
         self.on_written: Callable[[float], None] | None = lambda _since: self.calls.append("wrote")
         self.written: Callable[[], None] = lambda: None
         """Called at each flush, also that of the last uncork."""
