@@ -67,6 +67,8 @@ class Snapshot:
     uptime_s: float = 0.0
     address: str = ""
     endpoints: list[str] = field(default_factory=list)
+    endpoint_problems: list[str] = field(default_factory=list)
+    """Of each endpoint that cannot be used, the reason and the remedy."""
     reachable: bool = False
     """Whether any etcd is reachable."""
     serving: bool = False
@@ -280,6 +282,7 @@ class SnapshotSource:
             uptime_s=round(time.monotonic() - self._started, 1),
             address=self._address,
             endpoints=[endpoint.text for endpoint in self._proxy.endpoints],
+            endpoint_problems=[state.problem for state in self._proxy.pool.states() if state.problem],
             reachable=health.upstream_reachable,
             serving=health.serving,
             reason=health.reason,

@@ -140,7 +140,10 @@ class Listener:
             more, self._refusals_logged = self.stats.refused - self._refusals_logged, self.stats.refused
             self._refusals_logged_at = now
             limit = self.settings.connections_max
-            log.warning("too many client connections; refusing new ones", refused=more, connections_max=limit)
+            to_do = "raise --connections-max, or find who opens them: watchmux status HOST:PORT --clients"
+            log.warning(
+                "too many client connections; refusing new ones", refused=more, connections_max=limit, to_do=to_do
+            )
 
     @property
     def handshakes(self) -> int:

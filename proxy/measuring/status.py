@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 FETCH_LIMIT_S = 5.0
 REFRESH_S = 1.0
+JOINED = {"live": "from now", "future": "from later", "history": "from history", "backfill": "by a backfill"}
+"""Where watches began, by the label of the metric."""
 
 
 class NoStatus(Exception):
@@ -68,6 +70,8 @@ def render(now: Snapshot, before: Snapshot | None = None, stale: str = "") -> Ta
     table.add_column("note", style="dim")
     state = Text("serving", style="bold green") if now.serving else Text("not serving", style="bold red")
     table.add_row("state", state, now.reason or "in front of " + ", ".join(now.endpoints))
+    for problem in now.endpoint_problems:
+        table.add_row("  endpoint", Text("unusable", style="bold red"), escape(problem))
     if now.bundled_store:
         lost = "no etcd is configured; all data is lost when the proxy stops"
         table.add_row("store", Text("bundled, in memory", style="bold red"), lost)
@@ -96,7 +100,7 @@ def render(now: Snapshot, before: Snapshot | None = None, stale: str = "") -> Ta
     saved = f"{now.reads_saved:,} saved, {show_value(now.range_bytes_saved_total, Unit.BYTES)}"
     table.add_row("range calls", f"{now.range_calls_total:,}", f"{now.range_calls_upstream_total:,} at etcd, {saved}")
     table.add_section()
-    joins = ", ".join(f"{count:,} {kind}" for kind, count in now.joins_total.items() if count)
+    joins = ", ".join(f"{count:,} {JOINED[kind]}" for kind, count in now.joins_total.items() if count)
     # The proxy requests a watch of itself in each self-probe, and refuses it; the counters include these.
     refused = max(0, now.creates_refused_total - now.probes_total)
     table.add_row("watches opened", f"{now.creates_total - now.creates_refused_total:,}", joins or "none yet")

@@ -50,6 +50,7 @@ DESCRIBED = {
     "uptime_s",
     "address",
     "endpoints",
+    "endpoint_problems",
     "reachable",
     "serving",
     "reason",

@@ -27,8 +27,11 @@ class Over(Exception):
 def test_the_exit_code_says_whether_the_proxy_serves(capsys: pytest.CaptureFixture[str]) -> None:
     with ProxyProcess("127.0.0.1:1") as proxy:
         address = f"127.0.0.1:{proxy.metrics_port}"
+        until(lambda: proxy.overview()["now"]["endpoint_problems"], "the proxy to try its etcd")
         assert run(["status", address]) == 1
-        assert "not serving" in capsys.readouterr().out
+        shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert "not serving" in shown
+        assert "endpoint unusable 127.0.0.1:1: connection refused; check that etcd runs and" in shown
         assert run(["status", address, "--json"]) == 1
     with ProxyProcess("") as proxy:
         until(lambda: proxy.metric("watchmux_upstream_reachable") == 1, "its store")
