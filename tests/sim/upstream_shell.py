@@ -351,7 +351,15 @@ class UpstreamShell:
         endpoint = self.endpoint
         assert endpoint is not None, "streams are there while it is connected"
         follows = self._parts.choice.on_stream_end(
-            stream, status, text, endpoint, self.endpoints, moved=moved, healthy=True, works=self.state.works
+            stream,
+            status,
+            text,
+            endpoint,
+            self.endpoints,
+            moved=moved,
+            healthy=True,
+            works=self.state.works,
+            streams=self.state.streams(),
         )
         self._unlink(stream)
         self._led.pop(stream, None)

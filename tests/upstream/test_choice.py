@@ -28,6 +28,7 @@ class Stream:
     tested: bool = False
     unanswered: Sequence[Watch] = ()
     token: bytes | None = None
+    creating: Sequence[Watch] = ()
 
 
 @dataclass
@@ -61,7 +62,7 @@ def test_action_after_the_end_of_a_stream(
 ) -> None:
     here, other = Endpoint(), Endpoint()
     found = on_stream_end(
-        Stream(answered), status, text, here, [here, other], moved=moved, healthy=healthy, works=answered
+        Stream(answered), status, text, here, [here, other], moved=moved, healthy=healthy, works=answered, streams=[]
     )
     assert found is follows
     assert here.leaderless is (text == etcd_errors.NO_LEADER)
@@ -91,13 +92,36 @@ def test_action_depends_on_the_cause_of_the_end(
     status: int, stream: Stream, works: bool, follows: StreamEndAction
 ) -> None:
     here = Endpoint()
-    assert on_stream_end(stream, status, "text", here, [here], moved=False, healthy=True, works=works) is follows
+    found = on_stream_end(
+        stream, status, "text", here, [here], moved=False, healthy=True, works=works, streams=[stream]
+    )
+    assert found is follows
+
+
+@pytest.mark.parametrize(
+    ("other", "follows"),
+    [
+        (Stream(token=b"other", creating=[Watch()]), StreamEndAction.HERE),
+        (Stream(creating=[Watch()]), StreamEndAction.HERE),
+        # These will not show whether the server works.
+        (Stream(token=b"token", creating=[Watch()]), StreamEndAction.ELSEWHERE),
+        (Stream(token=b"other"), StreamEndAction.ELSEWHERE),
+    ],
+)
+def test_end_of_a_token_before_others_are_answered(other: Stream, follows: StreamEndAction) -> None:
+    here, stream = Endpoint(), Stream(False, True, [Watch(1)], b"token", [Watch(1)])
+    found = on_stream_end(
+        stream, Status.INTERNAL, "", here, [here], moved=False, healthy=True, works=False, streams=[stream, other]
+    )
+    assert found is follows
 
 
 def test_watches_are_lost_when_no_endpoint_has_the_service() -> None:
     here, other = Endpoint(), Endpoint(unimplemented=True)
     stream = Stream(answered=False)
-    found = on_stream_end(stream, Status.UNIMPLEMENTED, "", here, [here, other], moved=False, healthy=True, works=False)
+    found = on_stream_end(
+        stream, Status.UNIMPLEMENTED, "", here, [here, other], moved=False, healthy=True, works=False, streams=[]
+    )
     assert found is StreamEndAction.LOST
 
 

@@ -149,3 +149,31 @@ async def test_streams_that_wait_for_a_place_are_reported() -> None:
             await until_async(lambda: all(map(seen.created, fills)), "all")
             await until_async(lambda: client.problem == "", "the end of it")
             assert (seen.losses, seen.breaks) == ([], 0)
+
+
+async def test_a_token_that_ends_its_streams_disconnects_no_other() -> None:
+    """Also before the server has answered any other create."""
+    async with scripted() as etcd:
+        seen = Recorder()
+        live, bad = Opened(b"live"), Opened(b"bad", token=b"bad")
+        refused: list[ScriptedCall] = []
+        held: list[tuple[ScriptedCall, rpc_pb2.WatchRequest]] = []
+
+        def refuse(call: ScriptedCall) -> None:
+            if b"token" in call.metadata:
+                refused.append(call)
+                call.reset(ErrorCode.PROTOCOL_ERROR)
+
+        etcd.on_call = refuse
+        etcd.on_watch = lambda call, message: held.append((call, message))
+        async with watching(etcd.endpoint, seen) as client:
+            client.open(live)
+            client.open(bad)
+            await until_async(lambda: len(refused) >= 2 and held, "the token to be tried apart")
+            etcd.on_watch = etcd.answer_watch
+            etcd.answer_watch(*held[0])
+            await until_async(lambda: seen.losses, "the loss")
+            [(lost, status, _)] = seen.losses
+            assert (lost, status) == (bad, Status.UNAUTHENTICATED)
+            assert seen.created(live)
+            assert (seen.breaks, len(etcd.connections)) == (0, 1)

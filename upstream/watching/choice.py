@@ -7,7 +7,7 @@ leader, watches continue without `hasleader`, as events may still arrive, until 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from enum import Enum
 from typing import Final, Protocol
 
@@ -55,6 +55,10 @@ class EndedStream(Protocol):
 
     @property
     def unanswered(self) -> Sequence[Unanswered]: ...
+
+    # Its creates that were sent and not answered.
+    @property
+    def creating(self) -> Sized: ...
 
 
 class Unanswered(Protocol):
@@ -116,11 +120,12 @@ def on_stream_end(
     moved: bool,
     healthy: bool,
     works: bool,
+    streams: Iterable[EndedStream],
 ) -> StreamEndAction:
     """Decide what to do after a stream at `server` ended with a status.
 
     `moved`: the stream ended because its connection did; `healthy`: there is another connection to the server; `works`:
-    the server has answered a create since it is in use, on any stream.
+    the server has answered a create since it is in use, on any stream; `streams`: the streams at the server.
     """
     if etcd_errors.is_auth_refusal(status, text):
         return StreamEndAction.LOST
@@ -142,8 +147,12 @@ def on_stream_end(
     of_server = status in _SERVERS
     if stream.tested and not stream.answered:
         # Not even the probe was answered: no watch's create is the cause.
-        if works and stream.token is not None and not of_server:
-            return StreamEndAction.TOKEN
+        if stream.token is not None and not of_server:
+            if works:
+                return StreamEndAction.TOKEN
+            if any(each.token != stream.token and each.creating for each in streams):
+                # The answer to another token will show whether the server works: this token does not disconnect others.
+                return StreamEndAction.HERE
     elif any(not of_server or (works and each.ends) for each in stream.unanswered):
         return StreamEndAction.APART
     return StreamEndAction.HERE if works else StreamEndAction.ELSEWHERE

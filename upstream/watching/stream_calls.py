@@ -154,6 +154,7 @@ class StreamCalls:
             moved=isinstance(shell, UpstreamWatchCall) and shell.moved,
             healthy=self.places.alive,
             works=self._state.works,
+            streams=self._state.streams(),
         )
         self.apply(self._state.over(stream, follows, status, text))
         if follows is StreamEndAction.MOVED:
