@@ -9,12 +9,15 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+LIMIT_S = 30.0
+"""The default limit of a wait: a busy machine may stop a process for seconds; a wait that succeeds ends at once."""
+
 POLL_S = 0.001
 POLL_MAX_S = 0.02
 _never = threading.Event()
 
 
-def until(condition: Callable[[], T], what: str, timeout_s: float = 10.0) -> T:
+def until(condition: Callable[[], T], what: str, timeout_s: float = LIMIT_S) -> T:
     """Return the first true value of `condition`, polled; fail with `what` after `timeout_s` seconds.
 
     The pause between two looks begins at POLL_S, since most answers take a millisecond, and grows to POLL_MAX_S.
@@ -31,7 +34,7 @@ def until(condition: Callable[[], T], what: str, timeout_s: float = 10.0) -> T:
         pause_s = min(2 * pause_s, POLL_MAX_S)
 
 
-async def until_async(condition: Callable[[], T], what: str, timeout_s: float = 10.0) -> T:
+async def until_async(condition: Callable[[], T], what: str, timeout_s: float = LIMIT_S) -> T:
     """Do the same as `until` without holding up the event loop."""
     loop = asyncio.get_running_loop()
     pause_s = POLL_S
@@ -48,7 +51,7 @@ async def until_async(condition: Callable[[], T], what: str, timeout_s: float = 
         pause_s = min(2 * pause_s, POLL_MAX_S)
 
 
-def run(story: Coroutine[Any, Any, T], timeout_s: float = 20.0) -> T:
+def run(story: Coroutine[Any, Any, T], timeout_s: float = 2 * LIMIT_S) -> T:
     """Run a coroutine in an event loop of its own, for at most `timeout_s` seconds."""
 
     async def bounded() -> T:

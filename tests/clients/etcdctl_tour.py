@@ -142,10 +142,10 @@ TOUR: dict[str, tuple[Run | Follow, ...]] = {
 }
 
 _FREE = (
-    # Of 64 random bits, printed without leading zeros.
-    (re.compile(r"\b[0-9a-f]{12,16}\b"), "ID"),
     (re.compile(r'"(cluster_id|member_id|ID|leader|lease|raft_term|raftTerm|hash|dbSize\w*|raft\w+)":\d+'), r'"\1":N'),
     (re.compile(r'"(ClusterID|MemberID|RaftTerm)" : \d+'), r'"\1" : N'),
+    # Of 64 random bits, printed without leading zeros; after the decimal ones, which may have so few digits, too.
+    (re.compile(r"\b[0-9a-f]{12,16}\b"), "ID"),
     (re.compile(r"127\.0\.0\.1:\d+"), "HOST:PORT"),
     (re.compile(r"took = [\d.]+\w+|took [\d.]+\w+|[\d.]+ (µ|m|n)?s(econds ago)?"), "TIME"),
     (re.compile(r"\d{4}[-/]\d\d[-/]\d\d[ T][\d:.]+(Z|[+-]\d+)?"), "DATE"),

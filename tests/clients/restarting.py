@@ -65,13 +65,13 @@ def starts_again(
         host, _, port = address.rpartition(":")
         command = _BY_NAME[library].command(host or HOST, int(port), program=PROGRAMS[library])
         with watching(command) as client:
-            until(lambda: client.has("watching"), "the client's watch", 20)
+            until(lambda: client.has("watching"), "the client's watch")
             snapshot = Path(directory) / "snapshot"
             etcd.ctl("put", "w/a", "kept")
             etcd.ctl("snapshot", "save", str(snapshot))
             for number in range(5):
                 etcd.ctl("put", "w/a", f"lost {number}")
-            until(lambda: client.has("lost 4"), "the last put before the restore", 10)
+            until(lambda: client.has("lost 4"), "the last put before the restore")
             etcd.stop()
             etcd.restore(snapshot)
             etcd.start()

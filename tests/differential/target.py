@@ -34,12 +34,12 @@ class Target:
         """Suspend the other members until the first one has noticed that there is no leader."""
         for etcd in self.etcds[1:]:
             _signal(etcd, signal.SIGSTOP)
-        until(lambda: not has_leader(self.etcds[0]), "the leader to be lost", 20)
+        until(lambda: not has_leader(self.etcds[0]), "the leader to be lost")
 
     def find_leader(self) -> None:
         """Resume the other members and wait for a leader."""
         self.go_on()
-        until(lambda: has_leader(self.etcds[0]), "a leader", 20)
+        until(lambda: has_leader(self.etcds[0]), "a leader")
 
     def go_on(self) -> None:
         """Resume the other members."""

@@ -58,7 +58,7 @@ class History:
 
     async def reach(self, revision: int) -> None:
         """Wait until everything through `revision` is recorded."""
-        await until_async(lambda: self.next_revision > revision, f"the history through {revision}", 20)
+        await until_async(lambda: self.next_revision > revision, f"the history through {revision}")
 
     async def stop(self) -> None:
         """Stop recording."""
@@ -212,7 +212,7 @@ class Churn:
                 subject.stream.raw.take()
                 subject.stream.progress()
         for subject in self.subjects:
-            await until_async(lambda s=subject: self.has_all(s), f"{subject} to have everything", 20)  # type: ignore[misc]  # bound
+            await until_async(lambda s=subject: self.has_all(s), f"{subject} to have everything")  # type: ignore[misc]  # bound
         return self.revision
 
     def has_all(self, subject: Subject) -> bool:

@@ -18,7 +18,7 @@ import h2.settings
 
 from proto.framing import MessageReader, decode_message, frame
 from proto.pb import rpc_pb2
-from tests.waiting import until_async
+from tests.waiting import LIMIT_S, until_async
 
 HOST = "127.0.0.1"
 WATCH = "/etcdserverpb.Watch/Watch"
@@ -107,14 +107,14 @@ class RawStream:
         """Record received data."""
         self.messages.extend(self._unframer.feed(data))
 
-    async def next(self, timeout_s: float = 10.0) -> bytes:
+    async def next(self, timeout_s: float = LIMIT_S) -> bytes:
         """Return the next message, after those already returned."""
         await until_async(lambda: len(self.messages) > self._seen or self.over, "a message", timeout_s)
         assert len(self.messages) > self._seen, f"the call ended: {self.status} {self.text!r}, reset {self.reset}"
         self._seen += 1
         return self.messages[self._seen - 1]
 
-    async def end(self, timeout_s: float = 10.0) -> tuple[int | None, str]:
+    async def end(self, timeout_s: float = LIMIT_S) -> tuple[int | None, str]:
         """Wait for the end of the call and return its status."""
         await until_async(lambda: self.over, "the end of the call", timeout_s)
         return self.status, self.text
@@ -146,11 +146,11 @@ class WatchStream:
         request = rpc_pb2.WatchRequest(progress_request=rpc_pb2.WatchProgressRequest())
         self.raw.send(request.SerializeToString())
 
-    async def next(self, timeout_s: float = 10.0) -> rpc_pb2.WatchResponse:
+    async def next(self, timeout_s: float = LIMIT_S) -> rpc_pb2.WatchResponse:
         """Return the next response."""
         return rpc_pb2.WatchResponse.FromString(await self.raw.next(timeout_s))
 
-    async def created(self, timeout_s: float = 10.0) -> rpc_pb2.WatchResponse:
+    async def created(self, timeout_s: float = LIMIT_S) -> rpc_pb2.WatchResponse:
         """Return the next response, which must be a successful `created`."""
         response = await self.next(timeout_s)
         assert response.created, response
@@ -256,7 +256,7 @@ class RawClient(asyncio.Protocol):
         range_end: bytes = b"",
         start_revision: int = 0,
         metadata: Sequence[tuple[str, str]] = (),
-        timeout_s: float = 20.0,
+        timeout_s: float = LIMIT_S,
         **extra: Any,
     ) -> WatchStream:
         """Open a watch on a new stream and wait for its `created`; `extra` as in `WatchStream.create`."""

@@ -51,7 +51,7 @@ def run(scenario: Coroutine[Any, Any, T], limit_s: float = 60.0) -> T:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: _note(context, failures))
         async with asyncio.timeout(limit_s):
             result = await scenario
-        await until_async(_are_closed, "connections to etcd to be closed", 5)
+        await until_async(_are_closed, "connections to etcd to be closed")
         return result
 
     runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)

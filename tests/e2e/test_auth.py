@@ -123,7 +123,7 @@ async def test_sessions_whose_token_etcd_forgets_are_ended(etcd: EtcdServer) -> 
         await asyncio.to_thread(etcd.ctl, "--user=root:r", "user", "passwd", "u1", "--interactive=false", stdin="new")
         await asyncio.to_thread(etcd.kill)
         await asyncio.to_thread(etcd.start)
-        status, text = await stream.raw.end(20)
+        status, text = await stream.raw.end()
         assert status == Status.UNAVAILABLE, text
         again = await client.open_watch(b"a/k", metadata=[("token", await token_of(client, "u1", "new"))])
         await put(etcd, "a/k", "1")

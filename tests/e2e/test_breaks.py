@@ -44,7 +44,7 @@ class Writer:
     async def more(self, count: int) -> None:
         """Wait until so many more puts have succeeded."""
         goal = self.done + count
-        await until_async(lambda: self.done >= goal, f"{count} more puts", 20)
+        await until_async(lambda: self.done >= goal, f"{count} more puts")
 
     async def stop(self) -> int:
         """Stop, and return the store's revision then."""

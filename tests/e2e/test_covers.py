@@ -105,7 +105,7 @@ async def test_a_quiet_branch_survives_a_compaction_during_a_break() -> None:
             last = await store.put(b"/t/other", b"last")
             (cover,) = report.trunks(proxy.engine.core, 10)
             assert cover.key == b"/s/"
-            await until_async(lambda: report.trunks(proxy.engine.core, 10)[0].next_revision > last, "a bookmark", 20)
+            await until_async(lambda: report.trunks(proxy.engine.core, 10)[0].next_revision > last, "a bookmark")
             await store.compact(last)
             await asyncio.to_thread(etcd.stop)
             await asyncio.to_thread(etcd.start)

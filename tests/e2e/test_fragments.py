@@ -20,7 +20,7 @@ async def responses(stream: WatchStream, events: int) -> list[list[rpc_pb2.Watch
     """Read responses until so many events were received; each with its fragments, in a row."""
     found: list[list[rpc_pb2.WatchResponse]] = [[]]
     while sum(len(piece.events) for run_ in found for piece in run_) < events or found[-1]:
-        piece = await stream.next(20)
+        piece = await stream.next()
         found[-1].append(piece)
         if not piece.fragment:
             found.append([])
@@ -31,12 +31,12 @@ async def catch_ups(port: int, endpoint: str) -> None:
     """One from a backfill, while other watches are live; one more from the history."""
     async with direct(endpoint) as store, await RawClient.connect(port) as client:
         revisions = [await store.put(b"k", value) for value in VALUES]
-        await client.open_watch(b"k", timeout_s=20)
+        await client.open_watch(b"k")
         streams = [client.watch() for _ in range(3)]
         for stream, fragment in zip(streams, (True, True, False), strict=True):
             stream.create(b"k", start_revision=revisions[0], fragment=fragment)
         for stream in streams:
-            await stream.created(20)
+            await stream.created()
         for stream in streams[:2]:
             runs = await responses(stream, len(VALUES))
             if TIERS == 2:

@@ -26,6 +26,17 @@ async def calls_without_a_leader(client: RawClient) -> None:
     assert rpc_pb2.RangeResponse.FromString(await answer.next()).kvs[0].value == b"1"
 
 
+async def served_with_a_leader(client: RawClient) -> None:
+    """Wait until a watch that needs a leader is served: on a busy machine two members may lose theirs once more."""
+    while True:
+        stream = client.watch(HAS_LEADER)
+        stream.create(b"a")
+        await until_async(lambda s=stream: s.raw.messages or s.raw.over, "an answer")  # type: ignore[misc]  # bound
+        if not stream.raw.over:
+            return
+        assert await stream.raw.end() == NO_LEADER
+
+
 async def test_the_leader_is_lost_and_comes_back() -> None:
     async with (
         cluster(2) as members,
@@ -48,19 +59,19 @@ async def test_the_leader_is_lost_and_comes_back() -> None:
             call.send(rpc_pb2.LeaseKeepAliveRequest(ID=7).SerializeToString())
             assert rpc_pb2.LeaseKeepAliveResponse.FromString(await call.next()).TTL == 600
         await asyncio.to_thread(two.kill)
-        assert await told.raw.end(20) == NO_LEADER
-        assert [await call.end(20) for call in kept].count(NO_LEADER) == 1
+        assert await told.raw.end() == NO_LEADER
+        assert [await call.end() for call in kept].count(NO_LEADER) == 1
         await calls_without_a_leader(client)
         # A watch without `hasleader` is served without a leader.
         another = client.watch()
         another.create(b"a", start_revision=first)
         another.create(b"a")
-        await another.created(20)
+        await another.created()
         await until_async(lambda: another.values == [b"1"], "the past")
         await asyncio.to_thread(two.start)
-        await until_async(lambda: not proxy.upstream.leaderless, "the leader's return", 20)
+        await until_async(lambda: not proxy.upstream.leaderless, "the leader's return")
         await store.put(b"a", b"2")
         await until_async(lambda: patient.values == [b"1", b"2"], "the next event")
         await until_async(lambda: another.values == [b"1", b"2", b"2"], "the next event, twice")
-        await client.open_watch(b"a", metadata=HAS_LEADER)
+        await served_with_a_leader(client)
         assert not patient.raw.over

@@ -37,7 +37,7 @@ from tests.proxy.listening.echo import ECHO, Rig, rig_of
 from tests.proxy.listening.test_http1 import ask, get
 from tests.proxy.passthrough.test_passthrough import echo_server, passing
 from tests.upstream.scripted import scripted
-from tests.waiting import until_async
+from tests.waiting import LIMIT_S, until_async
 from upstream.endpoints import parse_endpoints
 from upstream.pool import Pool
 
@@ -112,7 +112,7 @@ async def test_the_final_goaway_follows_an_unanswered_ping() -> None:
     ):
         connection.go_away()
         assert not connection.h2.ending
-        said = await asyncio.wait_for(reader.read(), 10)
+        said = await asyncio.wait_for(reader.read(), LIMIT_S)
         assert connection.h2.ending
         assert said.count(bytes((0, 0, 8, 7, 0, 0, 0, 0, 0))) == 2
 
@@ -126,7 +126,7 @@ async def test_a_connection_stays_open_for_the_reason_to_be_read() -> None:
         writer.write(PING[:4] + b"\1" + PING[5:8] + b"\1" + PING[9:])
         said = b""
         while b"PING on a stream" not in said:
-            said += await asyncio.wait_for(reader.read(100), 10)
+            said += await asyncio.wait_for(reader.read(100), LIMIT_S)
         await until_async(lambda: not rig.listener.connections, "it to be closed")
         assert +rig.listener.stats.cut_off == {"PROTOCOL_ERROR": 1}
 

@@ -53,7 +53,7 @@ async def watchers(port: int, endpoint: str) -> None:
         quiet.create(b"quiet", progress_notify=True)
         filtered.create(b"busy", progress_notify=True, filters=[NOPUT])
         for stream in (quiet, filtered):
-            await stream.created(20)
+            await stream.created()
         listeners = [Listener(quiet), Listener(filtered)]
         tasks = [asyncio.create_task(write(store)), *(listener.task for listener in listeners)]
         try:
@@ -81,11 +81,11 @@ async def ask(port: int, endpoint: str) -> None:
         stream = client.watch()
         for key in (b"quiet", b"k"):
             stream.create(key)
-            await stream.created(20)
+            await stream.created()
         for _ in range(3):
             revision = await store.put(b"elsewhere", b"")
             stream.progress()
-            response = await stream.next(20)
+            response = await stream.next()
             assert response.watch_id == -1
             assert response.header.revision >= revision
 

@@ -18,7 +18,7 @@ async def test_a_client_that_comes_back_costs_etcd_one_watch(etcd: EtcdServer) -
             revisions = [await store.put(b"a", b"%d" % number) for number in range(3)]
             await until_async(lambda: len(stream.values) == 3, "the events")
             assert await asyncio.to_thread(etcd.watchers) == 1
-        await until_async(lambda: core.stats.parked == 1, "the range to be parked", 5)
+        await until_async(lambda: core.stats.parked == 1, "the range to be parked")
         await asyncio.to_thread(until_none, etcd)
         for number in range(3, 5):
             await store.put(b"a", b"%d" % number)
@@ -33,4 +33,4 @@ async def test_a_client_that_comes_back_costs_etcd_one_watch(etcd: EtcdServer) -
 
 def until_none(etcd: EtcdServer) -> None:
     """Wait until etcd serves no watch."""
-    until(lambda: etcd.watchers() == 0, "etcd to be rid of the watch", 5)
+    until(lambda: etcd.watchers() == 0, "etcd to be rid of the watch")

@@ -82,7 +82,7 @@ def read(client: RawClient, key: bytes = b"k", metadata: Sequence[tuple[str, str
 
 async def answer_of(call: RawStream) -> rpc_pb2.RangeResponse:
     """Wait for a good answer."""
-    status, text = await call.end(20)
+    status, text = await call.end()
     assert status == Status.OK, (status, text, call.reset)
     assert len(call.messages) == 1
     return rpc_pb2.RangeResponse.FromString(call.messages[0])

@@ -14,7 +14,7 @@ from tests.e2e.judging import assert_kept
 from tests.e2e.raw_client import WATCH, RawClient, WatchStream
 from tests.e2e.running import direct, proxy_for
 from tests.etcd.server import EtcdServer
-from tests.waiting import until_async
+from tests.waiting import LIMIT_S, until_async
 
 PREFIX, PREFIX_END = b"/p/", b"/p0"
 GONE_S = 3.0
@@ -278,7 +278,7 @@ async def test_etcdctl_watches_through_the_proxy(etcd: EtcdServer) -> None:
             await until_async(lambda: proxy.engine.core.stats.watches == 1, "etcdctl's watch")
             await store.put(b"/p/a", b"hello")
             assert process.stdout is not None
-            lines = [await asyncio.wait_for(process.stdout.readline(), 10) for _ in range(3)]
+            lines = [await asyncio.wait_for(process.stdout.readline(), LIMIT_S) for _ in range(3)]
             assert lines == [b"PUT\n", b"/p/a\n", b"hello\n"]
         finally:
             process.terminate()

@@ -135,7 +135,7 @@ class Front:
         environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(paths)}
         process = subprocess.Popen(command, env=environment, stdout=self._log, stderr=self._log)
         self._processes.append(process)
-        until(self._listens, f"{self.kind} to listen", 10)
+        until(self._listens, f"{self.kind} to listen")
 
     def _listeners(self) -> int:
         """Return the number of sockets that listen on its port: each process has its own."""
@@ -151,7 +151,7 @@ class Front:
         assert self.kind == "haproxy"
         before = self._listeners()
         self._start()
-        until(lambda: self._listeners() > before, "the new process to listen", 10)
+        until(lambda: self._listeners() > before, "the new process to listen")
         self._processes[-2].send_signal(signal.SIGUSR1)
 
     def _listens(self) -> bool:

@@ -25,7 +25,7 @@ RANGE = "/etcdserverpb.KV/Range"
 PUT = "/etcdserverpb.KV/Put"
 KEYS = 4
 WRITE_SHARE = 0.15
-LIMIT_S = 10.0
+LIMIT_S = 30.0
 """Longer than etcd's own limit of 7 s: the proxy learns from that answer which member is cut off."""
 
 

@@ -57,7 +57,7 @@ async def watch_all(client: RawClient, start: int) -> list[Watched]:
     """Open a watch of each range and kind, and wait for their `created`."""
     made = [Watched(client.watch(), *span, start, kind) for span, kind in product(RANGES, KINDS)]
     for each in made:
-        await each.stream.created(20)
+        await each.stream.created()
     return made
 
 
@@ -94,7 +94,7 @@ async def test_writes_while_etcd_is_away_reach_each_range(etcd: EtcdServer) -> N
                 watched.append(Watched(client.watch(), *span, start, kind))
             way.mend()
             last = await write(store, 5)
-            await until_async(lambda: proxy.engine.core.stats.watches == len(watched), "all watches", 20)
+            await until_async(lambda: proxy.engine.core.stats.watches == len(watched), "all watches")
         last = await write(store, 1)
         for each in watched:
             each.stream.progress()

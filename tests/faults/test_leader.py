@@ -22,7 +22,7 @@ async def lose_quorum(members: Cluster, left: Member) -> None:
     for member in members.members:
         if member is not left:
             member.hold_still()
-    await until_async(lambda: not left.has_leader, "the leader to be lost", 20)
+    await until_async(lambda: not left.has_leader, "the leader to be lost")
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ async def test_streams_without_a_watch_end_with_the_leader(binary: EtcdBinary) -
             assert await late.watch(HASLEADER).raw.end(30) == NO_LEADER
             for member in members.members:
                 member.go_on()
-            await until_async(lambda: left.has_leader, "the leader to be back", 20)
+            await until_async(lambda: left.has_leader, "the leader to be back")
             for each, port_client in ((proxy, client), (unasked, late)):
-                await until_async(lambda each=each: not each.upstream.leaderless, "the proxy to notice", 20)  # type: ignore[misc]  # bound
-                await port_client.open_watch(b"a", metadata=HASLEADER, timeout_s=20)
+                await until_async(lambda each=each: not each.upstream.leaderless, "the proxy to notice")  # type: ignore[misc]  # bound
+                await port_client.open_watch(b"a", metadata=HASLEADER)
             assert not patient.raw.over

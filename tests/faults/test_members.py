@@ -135,7 +135,7 @@ async def _lose_quorum(members: Cluster) -> Member:
     left = members.members[0]
     for member in others(members, left):
         member.hold_still()
-    await until_async(lambda: not left.has_leader, "the leader to be lost", 20)
+    await until_async(lambda: not left.has_leader, "the leader to be lost")
     return left
 
 
@@ -160,12 +160,12 @@ async def test_quorum_is_lost_and_comes_back() -> None:
             alone = await client.open_watch(b"/r")
             for member in others(members, left):
                 member.go_on()
-            await until_async(lambda: left.has_leader, "the leader to be back", 20)
+            await until_async(lambda: left.has_leader, "the leader to be back")
             writer = Writer(left.endpoint)
             await writer.more(20)
             last = await writer.stop()
             await all_kept([(quiet, 0), (joined, 0)], left.endpoint, last)
-            await until_async(lambda: not proxy.upstream.leaderless, "the proxy to notice", 20)
+            await until_async(lambda: not proxy.upstream.leaderless, "the proxy to notice")
             back = await client.open_watch(PREFIX, PREFIX_END, 1, HASLEADER)
             await all_kept([(back, 1)], left.endpoint, last)
             assert not elsewhere.raw.over

@@ -52,7 +52,7 @@ async def one_cut_off(auth: bool) -> AsyncIterator[tuple[Member, RawClient, str,
             token = await logged_in(client, "u1") if auth else ""
             root = await logged_in(client, "root", "r") if auth else ""
             members.cut_off(cut)
-            await until_async(lambda: not cut.has_leader, "the one cut off to notice", 20)
+            await until_async(lambda: not cut.has_leader, "the one cut off to notice")
             yield leader, client, token, root
 
 

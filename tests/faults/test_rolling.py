@@ -140,7 +140,7 @@ async def test_rolling_restart(etcd: EtcdServer, policy: str, how: signal.Signal
 
 async def _wait_all(streams: list[Stream], last: int) -> None:
     for stream in streams:
-        await until_async(lambda s=stream: s.has_all(last), "a stream to have all", 15)  # type: ignore[misc]  # bound
+        await until_async(lambda s=stream: s.has_all(last), "a stream to have all")  # type: ignore[misc]  # bound
 
 
 class _Witness(RawClient):

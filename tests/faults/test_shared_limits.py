@@ -117,7 +117,7 @@ async def test_sixty_tokens_watch_at_an_etcd_with_fifty_streams() -> None:
                 stream.create(b"a/%d" % number)
                 streams.append(stream)
             for stream in streams:
-                await stream.created(20)
+                await stream.created()
             upstream = next_to_etcd(proxy).upstream
             # A hub has one more: the call that notices a lost leader, which leaves ask for.
             assert upstream.stream_count == 60 + (TIERS == 2)

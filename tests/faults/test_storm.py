@@ -88,7 +88,7 @@ def open_watches(client: RawClient, starts: Sequence[int]) -> list[WatchStream]:
 async def all_reached(streams: Sequence[WatchStream], revision: int) -> None:
     """Wait until all streams have the event of a revision; no response is parsed twice."""
     for stream in streams:
-        await until_async(lambda s=stream: newest(s) >= revision, f"revision {revision}", 20)  # type: ignore[misc]
+        await until_async(lambda s=stream: newest(s) >= revision, f"revision {revision}")  # type: ignore[misc]
 
 
 async def put(store: Etcd, count: int) -> int:
@@ -115,7 +115,7 @@ async def test_a_reconnect_storm_costs_etcd_nothing(etcd: EtcdServer, connection
         streams = [open_watches(client, [0] * each) for client in clients]
         for mine in streams:
             for stream in mine:
-                await stream.created(20)
+                await stream.created()
         await all_reached([stream for mine in streams for stream in mine], await put(store, 20))
         # By now the trunk's own read and probe are done.
         before, began = await asked(etcd), time.monotonic()
@@ -174,7 +174,7 @@ async def test_progress_for_all_watches_is_requested_once(
             by_client.append(open_watches(client, [0] * each))
         streams = [stream for mine in by_client for stream in mine]
         for stream in streams:
-            await stream.created(20)
+            await stream.created()
         stats, at_etcd = proxy.engine.core.stats, next_to_etcd(proxy).engine.core.stats
         loop = asyncio.get_running_loop()
         before, asked_before = await asked(etcd), at_etcd.progress_asked

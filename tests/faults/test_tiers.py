@@ -64,7 +64,7 @@ async def test_hubs_restart_in_turn_and_no_client_notices(etcd: EtcdServer) -> N
             await hubs[turn].drain(0.5)
             await writer.more(20)
             hubs[turn] = await hub_at(etcd, ports[turn])
-            await until_async(lambda: one.upstream.connected and two.upstream.connected, "both leaves to go on", 20)
+            await until_async(lambda: one.upstream.connected and two.upstream.connected, "both leaves to go on")
             assert not carried or one.upstream.breaks + two.upstream.breaks > breaks
             await writer.more(20)
         stopping.set()
@@ -93,7 +93,7 @@ async def test_etcd_serves_one_watch_for_all_leaves(etcd: EtcdServer) -> None:
 async def test_watches_of_another_cluster_are_not_served(etcd: EtcdServer) -> None:
     with EtcdServer(etcd.binary) as foreign:
         async with proxy_for(foreign) as hub, proxy_for(etcd, watch_endpoints=f"{HOST}:{hub.port}") as leaf:
-            await until_async(lambda: "another cluster" in leaf.health.reason, "the leaf to refuse the hub", 20)
+            await until_async(lambda: "another cluster" in leaf.health.reason, "the leaf to refuse the hub")
             async with await RawClient.connect(leaf.port) as client:
                 stream = client.watch()
                 stream.create(PREFIX)
@@ -117,7 +117,7 @@ async def test_a_restored_store_is_noticed_through_two_tiers(etcd: EtcdServer, t
         await asyncio.to_thread(etcd.stop)
         await asyncio.to_thread(etcd.restore, tmp_path / "s")
         await asyncio.to_thread(etcd.start)
-        await until_async(lambda: stream.responses[-1].canceled, "the cancel", 20)
+        await until_async(lambda: stream.responses[-1].canceled, "the cancel")
         assert stream.responses[-1].cancel_reason == OTHER_HISTORY
 
 
@@ -128,7 +128,7 @@ async def test_proxies_that_watch_each_other_are_refused(etcd: EtcdServer) -> No
         proxy_for(f"{HOST}:{leaf.port}", watch_endpoints=[], port=port),
         await RawClient.connect(leaf.port) as client,
     ):
-        await until_async(lambda: "in a loop" in leaf.health.reason, "the loop to be found", 20)
+        await until_async(lambda: "in a loop" in leaf.health.reason, "the loop to be found")
         stream = client.watch()
         stream.create(PREFIX)
         status, text = await stream.raw.end()
@@ -149,7 +149,7 @@ async def test_a_loop_of_watch_endpoints_is_named(etcd: EtcdServer) -> None:
         ]
         other = await stack.enter_async_context(proxy_for(etcd, watch_endpoints=places[0]))
         way = f"in a loop: {places[1]} -> {places[2]} -> {places[0]};"
-        await until_async(lambda: way in loop[0].health.reason, "the loop to be found", 20)
+        await until_async(lambda: way in loop[0].health.reason, "the loop to be found")
         assert not loop[0].health.serving
         async with await RawClient.connect(loop[0].port) as client:
             stream = client.watch()
@@ -162,7 +162,7 @@ async def test_a_loop_of_watch_endpoints_is_named(etcd: EtcdServer) -> None:
         hub = await stack.enter_async_context(proxy_for(etcd, watch_endpoints=[]))
         assert await change_endpoints(loop[2], [etcd.endpoint], [f"{HOST}:{hub.port}"]) == ""
         everyone = (*loop, other)
-        await until_async(lambda: all(proxy.health.serving for proxy in everyone), "all to serve", 20)
+        await until_async(lambda: all(proxy.health.serving for proxy in everyone), "all to serve")
 
 
 def uses(leaf: Proxy, hub: str) -> bool:
@@ -186,13 +186,13 @@ async def test_a_hub_without_etcd_is_left_for_another_one(etcd: EtcdServer) -> N
             await until_async(lambda: leaf.upstream.connected, "the leaf to use a hub")
             if not uses(leaf, hubs[0]):
                 assert await change_endpoints(leaf, [etcd.endpoint], hubs[:1]) == ""
-                await until_async(lambda: uses(leaf, hubs[0]), "the first hub", 20)
+                await until_async(lambda: uses(leaf, hubs[0]), "the first hub")
                 assert await change_endpoints(leaf, [etcd.endpoint], hubs) == ""
             streams = [(await client.open_watch(PREFIX, PREFIX_END, 1), 1)]
             writer = Writer(etcd.endpoint, 0.002)
             await writer.more(20)
             way.cut()
-            await until_async(lambda: uses(leaf, hubs[1]), "the other hub", 20)
+            await until_async(lambda: uses(leaf, hubs[1]), "the other hub")
             await writer.more(20)
             await all_kept(streams, etcd.endpoint, await writer.stop())
             way.mend()

@@ -177,7 +177,7 @@ async def broken_inside(scene: Scene) -> None:
     for size in (700, 1_097, 5_003):
         accepted = scene.way.accepted
         scene.way.break_after(Way.BACK, size)
-        await until_async(lambda a=accepted: scene.way.accepted > a, "another connection", 20)  # type: ignore[misc]
+        await until_async(lambda a=accepted: scene.way.accepted > a, "another connection")  # type: ignore[misc]
         scene.way.mend()
         await scene.writer.more(10)
 
@@ -194,7 +194,7 @@ async def etcd_held(scene: Scene) -> None:
     scene.etcd.process.send_signal(signal.SIGSTOP)
     accepted = scene.way.accepted
     try:
-        await until_async(lambda: scene.way.accepted > accepted, "a ping to be missed", 20)
+        await until_async(lambda: scene.way.accepted > accepted, "a ping to be missed")
     finally:
         scene.etcd.process.send_signal(signal.SIGCONT)
 
@@ -299,13 +299,13 @@ async def test_a_restored_store_is_noticed_by_all_workers(etcd: EtcdServer, tmp_
         await asyncio.to_thread(etcd.restore, tmp_path / "s")
         await asyncio.to_thread(etcd.start)
         for stream in streams:
-            await until_async(lambda s=stream: s.responses[-1].canceled, "the cancel", 20)  # type: ignore[misc]
+            await until_async(lambda s=stream: s.responses[-1].canceled, "the cancel")  # type: ignore[misc]
             assert stream.responses[-1].cancel_reason == OTHER_HISTORY
         again = [await client.open_watch(PREFIX, PREFIX_END, 3) for client in clients]
         new = await store.put(PREFIX + b"a", b"new")
         assert new < lost
         for stream in again:
-            await until_async(lambda s=stream: s.values == [b"new"], "the new event", 20)  # type: ignore[misc]
+            await until_async(lambda s=stream: s.values == [b"new"], "the new event")  # type: ignore[misc]
 
 
 @pytest.mark.long
@@ -329,12 +329,12 @@ async def test_a_compaction_cancels_watches_that_miss_events(etcd: EtcdServer, n
         await killed_and_replaced(proxy, *names)
         way.mend()
         for stream in behind:
-            await until_async(lambda s=stream: s.responses[-1].canceled, "the cancel", 20)  # type: ignore[misc]
+            await until_async(lambda s=stream: s.responses[-1].canceled, "the cancel")  # type: ignore[misc]
             assert stream.responses[-1].compact_revision == compacted
         while (last := await store.put(PREFIX + b"a", b"x")) < first + 45:
             pass
         for stream in ahead:
-            await until_async(lambda s=stream: reached(s, last), "the newest event", 20)  # type: ignore[misc]
+            await until_async(lambda s=stream: reached(s, last), "the newest event")  # type: ignore[misc]
             assert len(stream.values) == last - first - 39
 
 
@@ -407,15 +407,15 @@ async def test_a_fork_that_fails_is_tried_again(etcd: EtcdServer, tmp_path: Path
         streams = [await client.open_watch(PREFIX, PREFIX_END) for client in clients]
         full.touch()
         os.kill(proxy.processes()["hub"], signal.SIGKILL)
-        await until_async(lambda: proxy.log().count("cannot start a process") >= 2, "two attempts", 20)
+        await until_async(lambda: proxy.log().count("cannot start a process") >= 2, "two attempts")
         stop = full.with_name("full.stop")
         stop.touch()
         full.unlink()
         # SIGTERM that comes right after the fork ends the new process, so there is one more.
-        await until_async(lambda: not stop.exists() and proxy.log().count('"process ended"') >= 2, "two ends", 20)
+        await until_async(lambda: not stop.exists() and proxy.log().count('"process ended"') >= 2, "two ends")
         async with direct(etcd) as calls:
             last = await calls.put(PREFIX + b"1", b"1")
         for stream in streams:
-            await until_async(lambda s=stream: reached(s, last), "the event", 20)  # type: ignore[misc]
+            await until_async(lambda s=stream: reached(s, last), "the event")  # type: ignore[misc]
         for client in clients:
             await client.close()

@@ -17,7 +17,7 @@ from upstream.store.errors import StoreError
 from upstream.store.state import StoreIdentity, StoreState
 from upstream.store.watch_batch import encode_message
 
-CALL_TIMEOUT_S = 10.0
+CALL_TIMEOUT_S = 30.0
 PROGRESS_RETRY_S = 0.02
 
 

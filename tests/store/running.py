@@ -8,7 +8,7 @@ from typing import Self
 
 from upstream.store.server import Store, StoreSettings
 
-START_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 30.0
 
 
 class RunningStore:

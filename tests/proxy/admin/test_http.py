@@ -10,9 +10,8 @@ import pytest
 
 from proxy.admin import http
 from proxy.admin.http import AdminResponse, HttpServer, MakePage
-from tests.waiting import until_async
+from tests.waiting import LIMIT_S, until_async
 
-LIMIT_S = 10.0
 LARGE = b"x" * (8 << 20)
 
 

@@ -78,7 +78,7 @@ def busy(etcd: EtcdServer) -> Iterator[ProxyProcess]:
 
 def shown(chromium: Browser, proxy: ProxyProcess) -> None:
     chromium.open(f"http://127.0.0.1:{proxy.metrics_port}/")
-    until(lambda: chromium.run("return document.body.dataset.ready") == "yes", "the page to have its numbers", 20)
+    until(lambda: chromium.run("return document.body.dataset.ready") == "yes", "the page to have its numbers")
 
 
 def test_the_page_shows_the_state_of_the_proxy(chromium: Browser, busy: ProxyProcess) -> None:
@@ -151,12 +151,12 @@ def test_charts_follow_the_width_of_the_window(chromium: Browser, busy: ProxyPro
 def test_the_page_shows_that_the_proxy_is_gone(chromium: Browser, busy: ProxyProcess) -> None:
     shown(chromium, busy)
     busy.kill()
-    until(lambda: "the values are" in chromium.text("#state"), "the page to notice", 20)
+    until(lambda: "the values are" in chromium.text("#state"), "the page to notice")
     assert re.fullmatch(r"the proxy does not respond; the values are (0|\S+ \S+) old", chromium.text("#state"))
     assert chromium.run("return document.title").startswith("✕ no response: watchmux ")
     assert chromium.run("return getComputedStyle(document.querySelector('main')).opacity") == "0.45"
     busy.start()
-    until(lambda: chromium.text("#state") == "serving", "the page to come back", 20)
+    until(lambda: chromium.text("#state") == "serving", "the page to come back")
     assert chromium.run("return document.title").startswith("watchmux ")
     assert chromium.run("return getComputedStyle(document.querySelector('main')).opacity") == "1"
     # Nothing is watched now: no reduction is shown, and not "0x".

@@ -14,7 +14,7 @@ from tests.e2e.running import proxy_for
 from tests.e2e.scenario import run as run_scenario
 from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.proxy.passthrough.test_passthrough import passing
-from tests.waiting import until_async
+from tests.waiting import LIMIT_S, until_async
 from upstream.endpoints import parse_endpoint
 
 
@@ -57,7 +57,7 @@ async def test_first_bytes_may_come_one_by_one(etcd: EtcdServer) -> None:
         for byte in get("/health"):
             writer.write(bytes([byte]))
             await writer.drain()
-        assert b'"health":"true"' in await asyncio.wait_for(reader.read(), 10)
+        assert b'"health":"true"' in await asyncio.wait_for(reader.read(), LIMIT_S)
         writer.close()
 
 
@@ -97,16 +97,18 @@ def test_dead_endpoint_is_not_used() -> None:
 async def test_bounds(etcd: EtcdServer) -> None:
     """A connection above the limit gets 503, and one without a complete method 408."""
     async with passing(etcd.endpoint) as running:
-        running.http1.settings = Http1Settings(opening_timeout_s=0.1, connections_max=1)
+        running.http1.settings = Http1Settings(connections_max=1)
         host, _, port = running.address.rpartition(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
+        _, writer = await asyncio.open_connection(host, int(port))
         writer.write(b"GE")
         await writer.drain()
         await until_async(lambda: running.http1.connections, "the connection to be taken over")
         assert (await ask(running.address, get("/version"))).startswith(b"HTTP/1.1 503 ")
-        assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"HTTP/1.1 408 ")
-        assert (running.http1.refused[503], running.http1.refused[408]) == (1, 1)
         writer.close()
+        await until_async(lambda: not running.http1.connections, "its end")
+        running.http1.settings = Http1Settings(opening_timeout_s=0.1)
+        assert (await ask(running.address, b"GE")).startswith(b"HTTP/1.1 408 ")
+        assert (running.http1.refused[503], running.http1.refused[408]) == (1, 1)
 
 
 def test_own_pages_of_the_hub(etcd: EtcdServer) -> None:
@@ -152,7 +154,7 @@ def test_the_proxys_own_pages_are_on_the_client_port(etcd: EtcdServer) -> None:
             for byte in get("/proxy/metrics?x=1"):
                 writer.write(bytes([byte]))
                 await writer.drain()
-            page = await asyncio.wait_for(reader.read(), 10)
+            page = await asyncio.wait_for(reader.read(), LIMIT_S)
             writer.close()
             assert b"\nwatchmux_watches 0.0\n" in page
             # Made at most once a second: any client may ask.

@@ -16,7 +16,7 @@ from proxy.listening.connection import PART_PIECES_MAX
 from proxy.listening.settings import ListenerSettings
 from tests.e2e.raw_client import HOST, RawStream
 from tests.proxy.listening.echo import ECHO, rig_of
-from tests.waiting import until_async
+from tests.waiting import LIMIT_S, until_async
 
 EMPTY_SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 SETTINGS_ACK = bytes([0, 0, 0, 4, 1, 0, 0, 0, 0])
@@ -259,7 +259,7 @@ async def test_preface_may_arrive_in_single_bytes() -> None:
             await asyncio.sleep(0)
         data = b""
         while SETTINGS_ACK not in data:
-            data += await asyncio.wait_for(reader.read(1000), 5)
+            data += await asyncio.wait_for(reader.read(1000), LIMIT_S)
         writer.close()
 
 
@@ -353,7 +353,7 @@ async def test_half_open_connections_are_closed(opening: bytes) -> None:
         reader, writer = await asyncio.open_connection(HOST, rig.listener.port)
         writer.write(opening)
         try:
-            assert await asyncio.wait_for(reader.read(), 5) == b""
+            assert await asyncio.wait_for(reader.read(), LIMIT_S) == b""
         except ConnectionResetError:
             pass
         finally:
@@ -365,7 +365,7 @@ async def test_settings_must_be_acknowledged() -> None:
     async with rig_of(ListenerSettings(settings_timeout_s=0.1)) as rig:
         reader, writer = await asyncio.open_connection(HOST, rig.listener.port)
         writer.write(PREFACE + EMPTY_SETTINGS)
-        data = await asyncio.wait_for(reader.read(), 5)
+        data = await asyncio.wait_for(reader.read(), LIMIT_S)
         assert data[-17 + 3] == 7
         assert data[-1] == 4
         writer.close()

@@ -23,7 +23,7 @@ from tests.etcd.secure import SecureEtcdServer
 from tests.etcd.server import HOST, EtcdServer
 from tests.proxy.listening.test_http1 import get
 from tests.upstream.certificates import Certificates, make_certificates
-from tests.waiting import until_async
+from tests.waiting import LIMIT_S, until_async
 from upstream.errors import BadTls
 from upstream.tls import client_context, server_context
 
@@ -95,7 +95,7 @@ async def test_http1_over_tls_reaches_an_etcd_with_tls(files: Certificates, offe
             connection(proxy.port, outward.speaking(offered)) as (reader, writer),
         ):
             writer.write(get("/version"))
-            answer = await asyncio.wait_for(reader.read(), 10)
+            answer = await asyncio.wait_for(reader.read(), LIMIT_S)
             assert b" 200 " in answer.splitlines()[0]
             assert etcd.binary.name.encode() in answer
             await until_async(lambda: not proxy.http1.connections | proxy.http1.upstreams, "both to be closed")
@@ -218,7 +218,7 @@ async def test_unfinished_handshakes_time_out(etcd: EtcdServer, files: Certifica
         await until_async(lambda: stream.values == [b"1"], "the event")
         for reader, writer in mute:
             with contextlib.suppress(ConnectionError):
-                assert await asyncio.wait_for(reader.read(), 10) == b""
+                assert await asyncio.wait_for(reader.read(), LIMIT_S) == b""
             writer.close()
         await until_async(lambda: proxy.listener.handshakes == 0, "all to be forgotten")
         assert proxy.listener.stats.handshakes_failed == 10

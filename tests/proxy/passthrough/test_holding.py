@@ -181,7 +181,7 @@ async def test_waiting_bodies_leave_the_connection_its_window() -> None:
         for number in range(1, 101):
             call = client.call(PUT)
             calls.append(call)
-            await until_async(lambda: client.h2.outbound_flow_control_window >= len(body), "its window", 20)
+            await until_async(lambda: client.h2.outbound_flow_control_window >= len(body), "its window")
             call.send_raw(body, end=True)
             bytes_of_all = number * len(body)
             await until_async(lambda size=bytes_of_all: stats.waiting_bytes >= size, "the body")  # type: ignore[misc]

@@ -97,9 +97,9 @@ async def test_a_loop_that_arises_later_is_found(etcd: EtcdServer, role: str) ->
         await until_async(lambda: first.upstream.server and first.upstream.server.endpoint == place, "the move")
         second.upstream.dialer._ids = second.pool._ids = RouteIds()
         second.set_endpoints(*at(etcd, f"{HOST}:{first.port}", role))
-        await until_async(lambda: "in a loop" in first.health.reason, "the loop to be found", 20)
+        await until_async(lambda: "in a loop" in first.health.reason, "the loop to be found")
         second.set_endpoints([etcd.endpoint])
-        await until_async(lambda: first.health.serving and second.health.serving, "both to serve again", 20)
+        await until_async(lambda: first.health.serving and second.health.serving, "both to serve again")
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -24,7 +24,7 @@ from proxy.passthrough.shared_reads import RANGE, SharedReads
 from tests.e2e.raw_client import RawClient
 from tests.e2e.running import proxy_for
 from tests.etcd.server import HOST, EtcdServer, free_port
-from tests.waiting import until_async
+from tests.waiting import LIMIT_S, until_async
 from upstream.endpoints import parse_endpoints
 from upstream.pool import Pool
 from upstream.settings import ConnectionSettings, UpstreamSettings
@@ -205,7 +205,7 @@ async def test_deadline_reaches_the_server(running: Running) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await running.call("/any.Service/Wait")(b"", timeout=0.2)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    await asyncio.wait_for(running.echo.cancelled.wait(), 5)
+    await asyncio.wait_for(running.echo.cancelled.wait(), LIMIT_S)
 
 
 @story
@@ -213,7 +213,7 @@ async def test_cancellation_reaches_the_server(running: Running) -> None:
     call = running.call("/any.Service/Wait")(b"")
     await until_async(lambda: running.echo.seen, "the call to arrive")
     call.cancel()
-    await asyncio.wait_for(running.echo.cancelled.wait(), 5)
+    await asyncio.wait_for(running.echo.cancelled.wait(), LIMIT_S)
 
 
 @story

@@ -13,7 +13,7 @@ from tests.e2e.running import direct
 from tests.etcd.server import EtcdServer
 from tests.faults.relay import Way, relay_to
 from tests.proxy.passthrough.test_passthrough import passing
-from tests.waiting import until_async
+from tests.waiting import LIMIT_S, until_async
 from upstream.settings import UpstreamSettings
 
 QUICK = UpstreamSettings(backoff_max_s=0.02)
@@ -33,7 +33,7 @@ async def test_writes_happen_once_or_fail(etcd: EtcdServer, way: Way) -> None:
         for stage in STAGES:
             key = b"key-%d" % stage
             await until_async(running.pool.pick, "a connection")
-            await asyncio.wait_for(kv.Range(rpc_pb2.RangeRequest(key=key)), 10)
+            await asyncio.wait_for(kv.Range(rpc_pb2.RangeRequest(key=key)), LIMIT_S)
             relay.break_after(way, stage)
             try:
                 await kv.Put(rpc_pb2.PutRequest(key=key, value=b"x"), timeout=10)

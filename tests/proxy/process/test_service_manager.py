@@ -85,7 +85,7 @@ def test_a_served_proxy_is_ready_alive_and_stopping(
     monkeypatch.setenv("NOTIFY_SOCKET", path)
     monkeypatch.setenv("WATCHDOG_USEC", "300000")
     with served(tmp_path, f"--endpoints={etcd.endpoint}", f"--workers={workers}") as proxy:
-        until(lambda: "WATCHDOG=1" in manager.hear(), "a watchdog notification", 20)
+        until(lambda: "WATCHDOG=1" in manager.hear(), "a watchdog notification")
         assert proxy.end() == 0
     assert manager.hear()[0] == "READY=1"
     assert "STOPPING=1" in manager.heard

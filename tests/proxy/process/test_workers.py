@@ -50,7 +50,7 @@ def served(etcd: EtcdServer, tmp_path: Path) -> Iterator[ProxyProcess]:
     """A proxy with two workers."""
     files = {"TMPDIR": str(tmp_path)}
     with ProxyProcess(etcd.endpoint, ["--workers=2", "--drain=1s"], files) as proxy:
-        until(lambda: len(proxy.processes()) == 3, "all processes", 20)
+        until(lambda: len(proxy.processes()) == 3, "all processes")
         yield proxy
 
 
@@ -62,7 +62,7 @@ async def test_workers_share_one_upstream_watch_and_one_page(etcd: EtcdServer, s
     for stream in streams:
         assert (await stream.next()).events[0].kv.mod_revision == revision
     assert etcd.metrics()[WATCHERS] == 1
-    await until_async(lambda: served.overview()["now"]["events_delivered_total"] == 24, "the sums", 10)
+    await until_async(lambda: served.overview()["now"]["events_delivered_total"] == 24, "the sums")
     shown = served.overview()
     assert shown["now"]["watches"] == shown["now"]["connections"] == 24
     assert shown["now"]["trunks"] == 1
@@ -97,7 +97,7 @@ def _samples(families: Iterable[Metric]) -> dict[str, float]:
 @pytest.mark.long
 async def test_500_watches_of_four_workers_are_one_at_etcd(etcd: EtcdServer) -> None:
     with ProxyProcess(etcd.endpoint, ["--workers=4", "--drain=1s"]) as proxy:
-        until(lambda: len(proxy.processes()) == 5, "all processes", 20)
+        until(lambda: len(proxy.processes()) == 5, "all processes")
         clients = [await RawClient.connect(proxy.port) for _ in range(500)]
         streams = [await client.open_watch(PREFIX, PREFIX_END) for client in clients]
         assert etcd.metrics()[WATCHERS] == 1
@@ -105,7 +105,7 @@ async def test_500_watches_of_four_workers_are_one_at_etcd(etcd: EtcdServer) -> 
             revision = await calls.put(PREFIX + b"1", b"1")
         for stream in streams:
             assert (await stream.next()).events[0].kv.mod_revision == revision
-        await until_async(lambda: proxy.overview()["now"]["watches"] == 500, "the sums", 10)
+        await until_async(lambda: proxy.overview()["now"]["watches"] == 500, "the sums")
         parts = [each["watches"] for each in proxy.overview()["processes"] if each["name"] != "hub"]
         assert sum(parts) == 500
         assert min(parts) >= 120
@@ -159,23 +159,23 @@ def test_killed_processes_are_replaced_and_no_event_is_lost(etcd: EtcdServer, se
         falls = [Counters(served.metrics_port, "/metrics"), Counters(served.port, "/proxy/metrics")]
         os.kill(before["hub"], signal.SIGKILL)
         await writer.more(20)
-        await until_async(lambda: served.processes().get("hub") not in (None, before["hub"]), "another hub", 10)
+        await until_async(lambda: served.processes().get("hub") not in (None, before["hub"]), "another hub")
         await writer.more(20)
         # The workers carry their clients over.
         for stream in streams:
-            await until_async(lambda s=stream: reached(s, writer.last), "the newest event", 10)  # type: ignore[misc]
+            await until_async(lambda s=stream: reached(s, writer.last), "the newest event")  # type: ignore[misc]
             assert not stream.raw.over
         delivered = served.overview()["now"]["events_delivered_total"]
         os.kill(before["worker-1"], signal.SIGKILL)
-        await until_async(lambda: served.processes().get("worker-1") not in (None, before["worker-1"]), "a worker", 10)
+        await until_async(lambda: served.processes().get("worker-1") not in (None, before["worker-1"]), "a worker")
         assert served.overview()["now"]["events_delivered_total"] >= delivered
         for stream in streams:
             if stream.raw.over:
                 continue
-            await until_async(lambda s=stream: reached(s, writer.last), "the newest event", 10)  # type: ignore[misc]
+            await until_async(lambda s=stream: reached(s, writer.last), "the newest event")  # type: ignore[misc]
         async with await RawClient.connect(served.port) as client:
             again = await client.open_watch(PREFIX, PREFIX_END, 1)
-            await until_async(lambda: reached(again, writer.last), "everything from the beginning", 10)
+            await until_async(lambda: reached(again, writer.last), "everything from the beginning")
         last = await writer.stop()
         assert last
         for counters in falls:
@@ -203,8 +203,8 @@ def test_all_processes_end_with_the_parent(served: ProxyProcess, tmp_path: Path)
     served.kill()
     assert not list(tmp_path.iterdir())
     served.start()
-    until(lambda: not [pid for pid in before.values() if _runs(pid)], "all processes to end", 10)
-    until(lambda: len(served.processes()) == 3, "all processes", 20)
+    until(lambda: not [pid for pid in before.values() if _runs(pid)], "all processes to end")
+    until(lambda: len(served.processes()) == 3, "all processes")
 
 
 def _runs(pid: int) -> bool:
@@ -250,7 +250,7 @@ def test_a_unix_socket_is_shared_by_all_workers(etcd: EtcdServer, tmp_path: Path
     command = [sys.executable, "-m", "proxy.cli", "serve", "--workers=2", f"--listen-addr=unix://{path}"]
     proxy = subprocess.Popen([*command, f"--endpoints={etcd.endpoint}"], stderr=subprocess.DEVNULL)
     try:
-        until(path.exists, "the socket", 20)
+        until(path.exists, "the socket")
         ctl = subprocess.run(
             [str(etcd.binary.etcdctl), f"--endpoints=unix://{path}", "--command-timeout=15s", "put", "a", "b"],
             capture_output=True,

@@ -60,7 +60,7 @@ class Settings:
         assert self.proxy is not None
         assert self.proxy.process is not None
         self.proxy.process.send_signal(signal.SIGHUP)
-        await until_async(lambda: self.count(message) >= before + times, message, 20)
+        await until_async(lambda: self.count(message) >= before + times, message)
 
 
 HANGUPS = """
@@ -93,7 +93,7 @@ def settings(etcd: EtcdServer, tmp_path: Path) -> Iterator[Settings]:
     made.proxy = ProxyProcess("", ["--workers=2", "--drain=1s", f"--config={made.file}"])
     made.proxy.prefix = [sys.executable, "-c", HANGUPS, f"{made.file}.next"]
     with made.proxy:
-        until(lambda: len(running(made).processes()) == PROCESSES, "all processes", 20)
+        until(lambda: len(running(made).processes()) == PROCESSES, "all processes")
         yield made
 
 
@@ -107,7 +107,7 @@ async def restarted(proxy: ProxyProcess, name: str) -> None:
     """Kill a process and wait for its successor."""
     before = proxy.processes()[name]
     os.kill(before, signal.SIGKILL)
-    await until_async(lambda: proxy.processes().get(name) not in (None, before), "its successor", 20)
+    await until_async(lambda: proxy.processes().get(name) not in (None, before), "its successor")
 
 
 async def test_endpoints_covers_and_limits_change_for_all(etcd: EtcdServer, settings: Settings) -> None:
@@ -126,7 +126,7 @@ async def test_endpoints_covers_and_limits_change_for_all(etcd: EtcdServer, sett
         assert await asyncio.to_thread(proxy.processes) == before
         await until_async(lambda: proxy.overview()["limits"]["watches_max"] == 100, "the limit of the whole")
         keys = [await client.open_watch(PREFIX + b"%d" % number) for number, client in enumerate((one, two))]
-        await until_async(lambda: etcd.watchers() == 1, "one watch of the cover", 20)
+        await until_async(lambda: etcd.watchers() == 1, "one watch of the cover")
         await writer.more(10)
         await until_async(lambda: all(key.values for key in keys), "events of the keys")
         settings.file.write_text("[watch\n")
@@ -157,7 +157,7 @@ async def test_refused_endpoints_are_used_by_no_process(etcd: EtcdServer, settin
             await restarted(proxy, "hub")
             async with direct(etcd) as calls:
                 await calls.put(PREFIX + b"1", b"1")
-            await until_async(lambda: stream.values == [b"1"], "the event", 20)
+            await until_async(lambda: stream.values == [b"1"], "the event")
             # The new hub knows the cluster of the last one.
             await settings.reload("new endpoints rejected; keeping the old ones")
             assert foreign.watchers() == 0
@@ -169,7 +169,7 @@ async def test_refused_endpoints_are_used_by_no_process(etcd: EtcdServer, settin
                 await settings.reload("settings reloaded")
             async with direct(etcd) as calls:
                 await calls.put(PREFIX + b"1", b"2")
-            await until_async(lambda: stream.values == [b"1", b"2"], "the next event", 20)
+            await until_async(lambda: stream.values == [b"1", b"2"], "the next event")
 
 
 async def test_a_hub_that_dies_during_a_change(etcd: EtcdServer, tmp_path: Path) -> None:
@@ -194,9 +194,9 @@ async def test_a_hub_that_dies_during_a_change(etcd: EtcdServer, tmp_path: Path)
             assert hub is not None
             os.kill(hub, signal.SIGKILL)
             new.mend()
-            await until_async(lambda n=count: settings.count("endpoints updated") == n, "an answer", 20)  # type: ignore[misc]
+            await until_async(lambda n=count: settings.count("endpoints updated") == n, "an answer")  # type: ignore[misc]
             await calls.put(PREFIX + b"1", b"1")
-            await until_async(lambda n=count: len(stream.values) == n, "the event", 20)  # type: ignore[misc]
+            await until_async(lambda n=count: len(stream.values) == n, "the event")  # type: ignore[misc]
         assert settings.count("process restarted") == 2
 
 
@@ -215,7 +215,7 @@ async def test_renewed_certificates_are_used_by_all_processes(tmp_path: Path) ->
     flags = ["--workers=2", "--drain=1s", *server, *secure_options(outward)]
     get = rpc_pb2.RangeRequest(key=b"a").SerializeToString()
     with SecureEtcdServer(outward) as etcd, ProxyProcess(etcd.url, flags) as proxy:
-        until(lambda: len(proxy.processes()) == PROCESSES, "all processes", 20)
+        until(lambda: len(proxy.processes()) == PROCESSES, "all processes")
         old = client_context(inward.client_cert, inward.client_key, inward.ca)
         async with contextlib.AsyncExitStack() as stack:
             clients = [await stack.enter_async_context(await RawClient.connect(proxy.port, tls=old)) for _ in range(4)]
@@ -246,7 +246,7 @@ async def test_renewed_certificates_are_used_by_all_processes(tmp_path: Path) ->
                 assert (await client.unary(RANGE, get)).status == 0
             await asyncio.to_thread(etcd.ctl, "put", "a", "1")
             for stream in streams:
-                await until_async(lambda s=stream: s.values == [b"1"], "the event", 20)  # type: ignore[misc]
+                await until_async(lambda s=stream: s.values == [b"1"], "the event")  # type: ignore[misc]
         refused = [line for line in proxy.log().splitlines() if "cannot load the renewed certificate files" in line]
         # A look may fall between the files of a whole renewal, too: then a process has a second line.
         assert {msgspec.json.decode(line)["process"] for line in refused} == {"worker-1", "worker-2"}
@@ -271,7 +271,7 @@ async def test_all_processes_use_one_answer_of_dns(etcd: EtcdServer) -> None:
         proxy.prefix = [sys.executable, "-c", RESOLVER, str(resolver.port)]
         with contextlib.ExitStack() as stack:
             await asyncio.to_thread(stack.enter_context, proxy)
-            await until_async(lambda: len(proxy.processes()) == PROCESSES, "all processes", 20)
+            await until_async(lambda: len(proxy.processes()) == PROCESSES, "all processes")
             assert server.asked.count(PLAIN) == 1
             server.zone = {}
             for name in ("hub", "worker-1"):
@@ -283,6 +283,6 @@ async def test_all_processes_use_one_answer_of_dns(etcd: EtcdServer) -> None:
                 async with direct(etcd) as calls:
                     await calls.put(PREFIX + b"1", b"1")
                 for stream in streams:
-                    await until_async(lambda s=stream: s.values == [b"1"], "the event", 20)  # type: ignore[misc]
+                    await until_async(lambda s=stream: s.values == [b"1"], "the event")  # type: ignore[misc]
             assert server.asked.count(PLAIN) == 1
             await asyncio.to_thread(proxy.stop)

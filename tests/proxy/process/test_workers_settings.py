@@ -20,7 +20,7 @@ FLAGS = ("--workers=2", "--drain=1s")
 
 def all_run(proxy: ProxyProcess) -> None:
     """Wait until all processes run."""
-    until(lambda: len(proxy.processes()) == 3, "all processes", 20)
+    until(lambda: len(proxy.processes()) == 3, "all processes")
 
 
 @pytest.mark.long
@@ -42,7 +42,7 @@ async def test_users_and_tokens_hold_at_each_worker(etcd: EtcdServer) -> None:
             os.kill(proxy.processes()["hub"], signal.SIGKILL)
             await put(etcd, "a/k", "1")
             for stream in streams:
-                await until_async(lambda s=stream: s.values == [b"1"], "the event", 20)  # type: ignore[misc]
+                await until_async(lambda s=stream: s.values == [b"1"], "the event")  # type: ignore[misc]
             await asyncio.to_thread(etcd.ctl, "--user=root:r", "role", "revoke-permission", "reader", "a/", "a0")
             for client in clients:
                 late = client.watch(token)
