@@ -141,5 +141,7 @@ class ReportingProcess:
             )
             if not parent.unsent_bytes:
                 parent.write_line(beat)
+            # Not asyncio.wait_for: in Python 3.11 it drops a cancellation that comes right after the news.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(news.wait(), REPORT_INTERVAL_S)
+                async with asyncio.timeout(REPORT_INTERVAL_S):
+                    await news.wait()

@@ -9,6 +9,7 @@ import socket
 from dataclasses import replace
 
 import msgspec
+import pytest
 
 from proxy.admin.aggregate import ParentMessage
 from proxy.admin.monitor import Monitor
@@ -18,6 +19,7 @@ from proxy.process.child import Parent
 from proxy.process.member import ProcessPlace, ReportingProcess
 from proxy.process.reloading import Reloading
 from tests.e2e.running import proxy_for
+from tests.waiting import until_async
 
 
 async def test_settings_that_arrive_during_the_start_are_applied() -> None:
@@ -51,3 +53,19 @@ async def test_a_stopped_parent_gets_no_more_reports() -> None:
         process.stop()
         ours.close()
         await parent.leave()
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_process_that_leaves_right_after_news_reports_no_more(turns: int) -> None:
+    process = ReportingProcess(ProcessPlace("worker-1", Listening([])))
+    async with proxy_for("127.0.0.1:1") as proxy:
+        process.start(proxy, Parent(None), Reloading(Settings(), lambda _: None), Monitor(proxy, "here:1"))
+        reports = process._report_task
+        assert reports is not None
+        await until_async(lambda: proxy.health.on_change == process._news.set and not process._news.is_set(), "a try")
+        proxy.health.on_change()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        process.stop()
+        await asyncio.wait([reports], timeout=5)
+        assert reports.cancelled()
