@@ -83,7 +83,7 @@ def _view(connection: ServerConnection, sessions: list[Session], now: float) -> 
         peer=connection.peer,
         user_agent=connection.user_agent.decode("ascii", "backslashreplace"),
         tls=(ssl_object.version() or "") if ssl_object is not None else "",
-        age_s=round(now - connection.opened_at, 1),
+        age_s=round(now - connection.times.opened_at, 1),
         streams=len(connection.h2.streams),
         sessions=len(sessions),
         watches=sum(each.watches for each in reports),

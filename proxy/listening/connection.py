@@ -44,6 +44,7 @@ from proxy.listening.leaving import ClosedStreamReaper
 from proxy.listening.pings import TOO_MANY_PINGS, PingPolicy
 from proxy.listening.settings import REFUSED_AT, ListenerSettings, ListenerStats
 from proxy.listening.sockets import show_address
+from proxy.listening.timeouts import PING, ConnectionTimes
 from proxy.listening.turns import DeferredHandler, TurnBudget
 from proxy.listening.write_queue import WriteQueue
 
@@ -99,11 +100,8 @@ class ServerConnection(asyncio.Protocol):
         "_client_erred",
         "_closing_since",
         "_first_bytes",
-        "_heard_at",
-        "_idle_since",
         "_input_deferred",
         "_listener",
-        "_pinged_at",
         "_pings",
         "_queued",
         "_read_paused",
@@ -114,9 +112,9 @@ class ServerConnection(asyncio.Protocol):
         "bulky",
         "dirty",
         "h2",
-        "opened_at",
         "peer",
         "sessions",
+        "times",
         "turns",
         "user_agent",
     )
@@ -139,8 +137,7 @@ class ServerConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._first_bytes: bytes | None = b""
         """Bytes received before the protocol was known; None from then on."""
-        self.opened_at = self._heard_at = self._idle_since = 0.0
-        self._pinged_at: float | None = None
+        self.times = ConnectionTimes()
         self._pings: PingPolicy | None = None
         """Created at the client's first ping."""
         self._closing_since: float | None = None
@@ -168,7 +165,8 @@ class ServerConnection(asyncio.Protocol):
         listener = self._listener
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=listener.settings.write_buffer_bytes)
-        self.opened_at = self._heard_at = self._idle_since = listener.now()
+        self.h2.now = listener.now()
+        self.times.start(self.h2.now)
         self.peer = show_address(transport.get_extra_info("peername"))
         full = listener.is_full
         listener.opened(self)
@@ -182,7 +180,7 @@ class ServerConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Handle bytes from the client."""
-        self.h2.now = self._heard_at = monotonic()
+        self.h2.now = monotonic()
         if self._first_bytes is not None:
             if not self._detect_protocol(data):
                 return
@@ -323,17 +321,16 @@ class ServerConnection(asyncio.Protocol):
 
     def sweep(self, now: float) -> None:
         """Check the timeouts; the listener calls it every few seconds or more often."""
-        settings = self._listener.settings
         if self._closing_since is not None:
             if now - self._closing_since > CLOSE_GRACE_S:
                 self.abort()
-        elif self._first_bytes is not None:
-            if now - self.opened_at > settings.first_bytes_timeout_s:
-                self._time_out("first_bytes_timeout_s")
-        elif self.h2.settings_pending and now - self.opened_at > settings.settings_timeout_s:
-            self._time_out("settings_timeout_s", ErrorCode.SETTINGS_TIMEOUT)
-        else:
-            self._sweep_silence(settings, now)
+            return
+        due = self.times.due(self._listener.settings, self.h2, now, recognised=self._first_bytes is None)
+        if due == PING:
+            self.h2.ping(KEEPALIVE_PING)
+            self.schedule_flush()
+        elif due is not None:
+            self._time_out(due)
 
     # internal
 
@@ -350,7 +347,7 @@ class ServerConnection(asyncio.Protocol):
             return False
         self.turns.spend(2)
         if not acknowledgement:
-            self._listener.late.add(self, self._heard_at)
+            self._listener.late.add(self, self.h2.now)
         elif self.dirty:
             self.h2.append(acknowledgement)
         else:
@@ -457,7 +454,7 @@ class ServerConnection(asyncio.Protocol):
                 elif kind is LimitReached:
                     self._listener.stats.refused_at[REFUSED_AT[cast(LimitReached, event).limit]] += 1
                 elif kind is PingAcknowledged:
-                    self._pinged_at = None
+                    self.times.pinged_at = None
                     if cast(PingAcknowledged, event).payload == DRAIN_PING:
                         self._last_go_away()
                 elif kind is ConnectionFailed:
@@ -544,7 +541,7 @@ class ServerConnection(asyncio.Protocol):
             return
         if self._pings is None:
             self._pings = PingPolicy(settings.keepalive_min_s)
-        if self._pings.too_many(self._heard_at, self.h2.progress(), len(self.h2.streams)):
+        if self._pings.too_many(self.h2.now, self.h2.progress(), len(self.h2.streams)):
             self._client_erred = True
             self._listener.stats.failed += 1
             self._listener.stats.cut_off[TOO_MANY_PINGS.decode()] += 1
@@ -567,33 +564,18 @@ class ServerConnection(asyncio.Protocol):
         if self._transport is not None and not self._unwritten and not self._client_erred:
             self._transport.close()
 
-    def _time_out(self, limit: str, code: ErrorCode | None = None) -> None:
+    def _time_out(self, limit: str) -> None:
         self._listener.stats.timed_out[limit] += 1
-        log.info("client connection timed out", peer=self.peer, limit=limit)
-        if code is None:
-            self.abort()
-            return
-        self.h2.go_away(True, code)
-        self.flush()
-        self._close()
-
-    def _sweep_silence(self, settings: ListenerSettings, now: float) -> None:
-        if self.h2.streams:
-            self._idle_since = now
-        elif settings.idle_timeout_s is not None and now - self._idle_since > settings.idle_timeout_s:
-            self._idle_since = now
-            self._listener.stats.timed_out["idle_timeout_s"] += 1
+        if limit == "idle_timeout_s":
             self.go_away()
             return
-        if self._pinged_at is not None:
-            if self._heard_at > self._pinged_at:
-                self._pinged_at = None
-            elif now - self._pinged_at > settings.keepalive_timeout_s:
-                self._time_out("keepalive_timeout_s")
-        elif settings.keepalive_interval_s is not None and now - self._heard_at >= settings.keepalive_interval_s:
-            self._pinged_at = now
-            self.h2.ping(KEEPALIVE_PING)
-            self.schedule_flush()
+        log.info("client connection timed out", peer=self.peer, limit=limit)
+        if limit == "settings_timeout_s":
+            self.h2.go_away(True, ErrorCode.SETTINGS_TIMEOUT)
+            self.flush()
+            self._close()
+        else:
+            self.abort()
 
 
 def _user_agent(headers: Headers) -> bytes:

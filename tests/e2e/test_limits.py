@@ -78,23 +78,23 @@ async def silent(rig: Rig, opening: bytes) -> AsyncIterator[Silent]:
     [
         ("first_bytes_timeout_s", b"", "opened_at"),
         ("settings_timeout_s", PREFACE + SETTINGS, "opened_at"),
-        ("keepalive_timeout_s", PREFACE + SETTINGS + ACK, "_pinged_at"),
-        ("idle_timeout_s", PREFACE + SETTINGS + ACK, "_idle_since"),
+        ("keepalive_timeout_s", PREFACE + SETTINGS + ACK, "pinged_at"),
+        ("idle_timeout_s", PREFACE + SETTINGS + ACK, "idle_since"),
     ],
 )
 async def test_times_of_a_connection(limit: str, opening: bytes, since: str) -> None:
     async with rig_of(TIMES) as rig, silent(rig, opening) as (connection, _reader, _writer):
         if limit == "keepalive_timeout_s":
-            due = connection._heard_at + 300
+            due = connection.h2.now + 300
             connection.sweep(due - A_LITTLE_S)
-            assert connection._pinged_at is None
+            assert connection.times.pinged_at is None
             connection.sweep(due)
-            assert connection._pinged_at == due
-        at = getattr(connection, since) + getattr(TIMES, limit)
+            assert connection.times.pinged_at == due
+        at = getattr(connection.times, since) + getattr(TIMES, limit)
         connection.sweep(at - A_LITTLE_S)
         assert not +rig.listener.stats.timed_out
         if limit == "idle_timeout_s":
-            connection._pinged_at = None
+            connection.times.pinged_at = None
         connection.sweep(at + A_LITTLE_S)
         assert +rig.listener.stats.timed_out == {limit: 1}
         if limit == "idle_timeout_s":

@@ -395,10 +395,10 @@ async def test_a_pause_of_the_proxy_drops_no_client() -> None:
         (connection,) = rig.listener.connections
         assert client.transport is not None
         client.transport.pause_reading()
-        await until_async(lambda: connection._pinged_at is not None, "a ping")
+        await until_async(lambda: connection.times.pinged_at is not None, "a ping")
         client.transport.resume_reading()
         time.sleep(0.5)  # noqa: ASYNC251 - the pause
-        await until_async(lambda: connection._pinged_at is None, "the answer")
+        await until_async(lambda: connection.times.pinged_at is None, "the answer")
         assert not +rig.listener.stats.timed_out
 
 
