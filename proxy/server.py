@@ -132,6 +132,8 @@ class Proxy:
         self._namespace = Namespace(settings.namespace) if settings.namespace else None
         # The check that watches and calls go to the same cluster.
         self._comparing: asyncio.Task[None] | None = None
+        # There is a connection for calls.
+        self._reaches_etcd = False
         # Why watches are not served: they would come from another cluster.
         self._foreign = ""
         # To find a loop of proxies.
@@ -275,7 +277,10 @@ class Proxy:
         problem = self.guard.problem if self.guard is not None else ""
         loop = self.pool.loop
         problem = problem or self.watches.problem or (str(loop) if loop else self.pool.full or self.upstream.problem)
-        self.health.set_upstream(self.upstream.connected and self.pool.connected, problem)
+        reached, self._reaches_etcd = self._reaches_etcd, self.pool.connected
+        if self._reaches_etcd and not reached and self.watch_endpoints:
+            self.engine.calls_resumed()
+        self.health.set_upstream(self.upstream.connected and self._reaches_etcd, problem)
 
     @property
     def port(self) -> int:

@@ -65,6 +65,7 @@ class UpstreamWatches(Protocol):
     def resume(self, watch: OpenedWatch) -> None: ...
     def request_progress(self, number: int, watches: Iterable[OpenedWatch]) -> None: ...
     def revision_regressed(self, revision: int) -> None: ...
+    def check_history(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -279,6 +280,11 @@ class Engine:
         self.core.ordered_progress = self._client().ordered_progress
         if self.upstream_changed is not None:
             self.upstream_changed()
+        self._reader.connected(self._open)
+
+    def calls_resumed(self) -> None:
+        """Calls reach etcd again; the connection for the watches leads to a proxy, and may have outlived a restore."""
+        self._client().check_history()
         self._reader.connected(self._open)
 
     # driving

@@ -9,9 +9,10 @@ from pathlib import Path
 import grpc.aio
 
 from coalesce.ending import OTHER_HISTORY
+from coalesce.limits import CoreLimits
 from proxy.server import Proxy, ProxySettings
 from tests.e2e.raw_client import RawClient
-from tests.e2e.running import change_endpoints, direct, proxy_for, two_tiers
+from tests.e2e.running import change_endpoints, direct, next_to_etcd, proxy_for, two_tiers
 from tests.etcd.server import HOST, EtcdServer, free_port
 from tests.faults.relay import relay_to
 from tests.faults.scene import PREFIX, PREFIX_END, Writer, all_kept
@@ -102,13 +103,17 @@ async def test_watches_of_another_cluster_are_not_served(etcd: EtcdServer) -> No
                 assert "another cluster" in text
 
 
-async def test_a_restored_store_is_noticed_through_two_tiers(etcd: EtcdServer, tmp_path: Path) -> None:
+async def test_a_restore_cancels_once_through_two_tiers(etcd: EtcdServer, tmp_path: Path) -> None:
+    """The leaf's connection lives on through the restore: when it ends later, the leaf finds no second restore."""
     async with (
         two_tiers(etcd) as leaf,
         direct(etcd) as calls,
         await RawClient.connect(leaf.port) as client,
     ):
-        await calls.put(PREFIX + b"a", b"kept")
+        await until_async(lambda: leaf.upstream.connected, "the leaf to use its hub")
+        # More than the entries of the restored log, which begins again.
+        for _ in range(50):
+            await calls.put(PREFIX + b"a", b"kept")
         await asyncio.to_thread(etcd.ctl, "snapshot", "save", str(tmp_path / "s"))
         stream = await client.open_watch(PREFIX, PREFIX_END)
         for _ in range(10):
@@ -119,6 +124,43 @@ async def test_a_restored_store_is_noticed_through_two_tiers(etcd: EtcdServer, t
         await asyncio.to_thread(etcd.start)
         await until_async(lambda: stream.responses[-1].canceled, "the cancel")
         assert stream.responses[-1].cancel_reason == OTHER_HISTORY
+        again = await client.open_watch(PREFIX, PREFIX_END)
+        breaks = leaf.upstream.breaks
+        for connection in tuple(next_to_etcd(leaf).listener.connections):
+            connection.abort()
+        await until_async(lambda: leaf.upstream.breaks > breaks and leaf.upstream.connected, "the hub again", 20)
+        revision = await calls.put(PREFIX + b"a", b"new")
+        await until_async(lambda: again.values, "an event")
+        assert again.responses[-1].events[0].kv.mod_revision == revision
+        assert leaf.engine.stats.went_back == next_to_etcd(leaf).engine.stats.went_back == 1
+
+
+async def test_a_leaf_without_watches_notices_a_restore(etcd: EtcdServer, tmp_path: Path) -> None:
+    """Its hub has no watch to cancel; no client that comes back gets events of the old history."""
+    async with (
+        two_tiers(etcd, limits=CoreLimits(linger_s=0)) as leaf,
+        direct(etcd) as calls,
+        await RawClient.connect(leaf.port) as client,
+    ):
+        await until_async(lambda: leaf.upstream.connected, "the leaf to use its hub")
+        for _ in range(20):
+            kept = await calls.put(PREFIX + b"a", b"kept")
+        await asyncio.to_thread(etcd.ctl, "snapshot", "save", str(tmp_path / "s"))
+        stream = await client.open_watch(PREFIX, PREFIX_END)
+        for _ in range(5):
+            await calls.put(PREFIX + b"a", b"lost")
+        await until_async(lambda: len(stream.values) == 5, "the events")
+        stream.raw.cancel()
+        await until_async(lambda: leaf.engine.core.stats.parked == 1, "the trunk to be parked")
+        await asyncio.to_thread(etcd.stop)
+        await asyncio.to_thread(etcd.restore, tmp_path / "s")
+        await asyncio.to_thread(etcd.start)
+        for _ in range(6):
+            await calls.put(PREFIX + b"a", b"new")
+        await until_async(lambda: leaf.engine.stats.went_back == 1, "the leaf to notice")
+        again = await client.open_watch(PREFIX, PREFIX_END, kept + 1)
+        await until_async(lambda: len(again.values) >= 6, "the events")
+        assert again.values == 6 * [b"new"]
 
 
 async def test_proxies_that_watch_each_other_are_refused(etcd: EtcdServer) -> None:

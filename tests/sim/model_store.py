@@ -224,6 +224,8 @@ class Member:
 
     # It frees compacted revisions at once.
     compacting: ClassVar[bool] = False
+    # Only a proxy in its place may have none.
+    has_server: ClassVar[bool] = True
 
     store: Store
     member_id: int

@@ -14,10 +14,11 @@ from typing import Any
 
 from proto.pb import auth_pb2, rpc_pb2
 from proto.scan import WatchResponse, scan_watch_response
+from tests.sim.config import Config
 from tests.sim.failure import SimulationFailure
-from tests.sim.model_store import LEASE, Applied, Store
+from tests.sim.model_store import LEASE, Applied, Member, Store
 from tests.sim.model_stream import CLUSTER_ID
-from tests.sim.parts import StoreModules
+from tests.sim.parts import Parts, StoreModules
 from tests.sim.permissions import HALF, MIGHTY, Permissions
 
 _LEASE_TTL_S = 1000
@@ -75,6 +76,7 @@ class StoreMember:
     """One member, with those attributes of the model's `Member` that the simulation uses."""
 
     ordered_progress = True
+    has_server = True
 
     def __init__(
         self,
@@ -305,3 +307,14 @@ class StoreStream:
         self._stream.close()
         self.requests.clear()
         self.out.clear()
+
+
+def make_member(
+    config: Config, parts: Parts, store: Store, permissions: Permissions, place: int
+) -> Member | StoreMember:
+    """Return a member of the etcd of a world: the last ones are the bundled store, the first ones old servers."""
+    member_id = 0xE0 + place
+    revisions_max = config.batch_revisions_max
+    if place >= max(config.members - config.bundled, config.old_members):
+        return StoreMember(parts.store, store, member_id, permissions, revisions_max, config.store_fragment_bytes)
+    return Member(store, member_id, revisions_max, place >= config.old_members)

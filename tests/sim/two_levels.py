@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from proto.pb import rpc_pb2
-from proto.scan import WatchResponse, scan_watch_response
+from proto.scan import Header, WatchResponse, scan_watch_response
 from tests.sim import settle
 from tests.sim.config import COVERS, Config, make_config
 from tests.sim.constants import replaced
@@ -145,9 +145,21 @@ class HubMember:
         self._hub = hub
 
     @property
+    def has_server(self) -> bool:
+        """Whether the hub is connected to etcd."""
+        return self._hub.upstream.endpoint is not None
+
+    @property
     def revision(self) -> int:
         """What etcd has, which is not below what the hub has."""
         return self._hub.store.revision
+
+    @property
+    def index(self) -> int:
+        """The newest entry of etcd's log."""
+        return max(member.index + member.behind for member in self._hub.members)
+
+    behind = 0
 
     def open_stream(self, token: bytes | None, channel_max: int) -> HubStream:
         """Open a stream."""
@@ -162,13 +174,26 @@ class Hub(World):
         self.store, self.permissions, self.members = front.store, front.permissions, front.members
         self.now = front.now
         self.member = HubMember(self)
+        # It has registered watches at the restored store before its log showed that it was restored: that may be once
+        # its revision has passed the known one. Then these watches are cancelled too, although they missed nothing.
+        self.noticed_late = False
         self._start()
+
+    def lost_upstream(self) -> None:
+        """As `AuthReader.broken`: the worker relies on it that the hub reads again before it admits a watch."""
+        self.calls.queries.broken()
+
+    def _other_history(self, header: Header) -> None:
+        self.noticed_late = self.upstream.endpoint is not None
+        super()._other_history(header)
 
 
 class Worker(World):
     """The worker with its clients, the hub, and etcd."""
 
     _hub: Hub | None = None
+    # The worker's calls do not reach etcd yet, after a restore.
+    _calls_resume = False
 
     def __init__(self, config: Config, hub_config: Config, parts: Parts) -> None:
         super().__init__(config, parts)
@@ -191,6 +216,50 @@ class Worker(World):
         self.upstream.state.late_progress = True
         self.upstream.set_endpoints([self.hub.member])  # type: ignore[list-item]  # it stands in for a member
 
+    def lose_etcd(self) -> None:
+        """Lose both levels' connections to etcd; that to the hub lives on."""
+        self.hub.upstream.disconnect()
+        self._calls_resume = True
+
+    def restore(self, revision: int, rng: random.Random) -> None:
+        """Restore the store, once both levels have noticed the last restore."""
+        if self.hub.undiscovered is None:
+            super().restore(revision, rng)
+
+    def went_back(self, header: Header) -> None:
+        """The worker has noticed that the store went back, maybe once more because of a hub that noticed it late."""
+        if self.hub.noticed_late and self.restored_to is None:
+            self.restored_to = header.revision
+        self.hub.noticed_late = False
+        super().went_back(header)
+
+    def was_restored(self, revision: int, old_revision: int, rng: random.Random) -> None:
+        """Note the restore; either level may notice it first."""
+        hub = self.hub
+        hub.now, hub.rng = self.now, self.rng
+        levels = [partial(hub.was_restored, revision, old_revision, rng)]
+        levels.insert(rng.randint(0, 1), partial(super().was_restored, revision, old_revision, rng))
+        for level in levels:
+            level()
+        if self.restored_to is not None and self._in_flight(revision, paused=True):
+            # It does not know yet that there is something to notice.
+            self.undiscovered = revision
+
+    def calls_resumed(self, rng: random.Random) -> None:
+        """The worker's calls reach etcd again, see `Engine.calls_resumed`."""
+        self._calls_resume = False
+        self.upstream.check_history(rng)
+        self.calls.connected()
+
+    def _in_flight(self, revision: int, *, paused: bool) -> bool:
+        """Whether the hub has sent events above `revision` that the worker has not read; `paused`: also on those."""
+        return any(
+            response.events and response.events[-1].revision > revision
+            for stream, link in self.upstream._links.items()
+            if paused or not stream.paused
+            for response in link.out
+        )
+
     def restart_hub(self) -> None:
         """Kill the hub and start another one."""
         self.upstream.disconnect()
@@ -201,6 +270,12 @@ class Worker(World):
         hub = self.hub
         hub.now, hub.rng = self.now, self.rng
         moves = [*super().moves(frozen), *hub.moves()]
+        revision = self.undiscovered
+        if revision is not None and not self.knows_above(revision) and not self._in_flight(revision, paused=True):
+            self.undiscovered = None
+        if self._calls_resume and not self._in_flight(revision or 0, paused=False):
+            # etcd has restarted: what the hub had sent before has arrived, except on paused streams.
+            moves.append(self.calls_resumed)
         for stream, link in self.upstream._links.items():
             assert isinstance(link, HubStream)
             if link.is_drained:
@@ -230,9 +305,11 @@ class Worker(World):
         self.hub.check()
 
 
-def _configs(rng: random.Random) -> tuple[Config, Config]:
+def _configs(rng: random.Random, restores: bool) -> tuple[Config, Config]:
     """Return the shapes of the worker's world and of the hub, which may have covers."""
-    worker, hub = (replace(make_config(rng), tells_status=False, old_members=0) for _ in range(2))
+    worker, hub = (replace(make_config(rng), old_members=0) for _ in range(2))
+    if not restores:
+        worker, hub = (replace(config, tells_status=False) for config in (worker, hub))
     worker = replace(worker, covers=(), own_token=None)
     hub = replace(hub, auth=worker.auth)
     limits = {**hub.limits, **_UNLIMITED, "lagging_age_s_max": None}
@@ -256,16 +333,17 @@ def _faults(world: Worker) -> dict[str, Callable[[random.Random], object]]:
 
 
 def run_two_levels(seed: int, parts: Parts = REAL, trace: Callable[[str], None] | None = None) -> str:
-    """Run a seed; return the finding, or ""."""
+    """Run a seed; return the finding, or "". With odd seeds the store may be restored."""
     rng = random.Random(seed)
-    config, hub_config = _configs(rng)
+    restores = seed % 2 == 1
+    config, hub_config = _configs(rng, restores)
     try:
         with replaced(parts, config.constants):
             world = Worker(config, hub_config, parts)
             world.trace = trace
             if trace is not None:
                 world.hub.trace = lambda line: trace("                  hub" + line)
-            _run(world, rng, trace)
+            _run(world, rng, trace, (*_STEPS, "restore", "restore") if restores else _STEPS)
     except Exception as error:
         if trace is not None:
             raise
@@ -273,8 +351,8 @@ def run_two_levels(seed: int, parts: Parts = REAL, trace: Callable[[str], None] 
     return ""
 
 
-def _run(world: Worker, rng: random.Random, trace: Callable[[str], None] | None) -> None:
-    for name in ("join", "burst", *rng.choices(_STEPS, k=STEPS)):
+def _run(world: Worker, rng: random.Random, trace: Callable[[str], None] | None, names: tuple[str, ...]) -> None:
+    for name in ("join", "burst", *rng.choices(names, k=STEPS)):
         if trace is not None:
             trace(f"{name} at revision {world.store.revision}, {world.now:.2f} s")
         execute(world, Step(name, rng.getrandbits(32)))

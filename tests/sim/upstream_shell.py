@@ -82,6 +82,7 @@ class Callbacks:
     resumed: Callable[[bool], None] = lambda _: None
     no_leader: Callable[[], None] = lambda: None
     other_history: Callable[[Header], None] = lambda _: None
+    broken: Callable[[], None] = lambda: None
 
 
 def _in_fragments(message: bytes) -> bytes:
@@ -189,7 +190,12 @@ class UpstreamShell:
     def store_went_back(self, revision: int) -> None:
         """Note that the store's revision has gone back."""
         self.state.newest_revision = revision
-        self.lineage.went_back(self.position if self.endpoint is not None else None)
+        if self.state.late_progress:
+            # As in upstream/watching/failover.py: a proxy is left.
+            self.lineage.went_back(None)
+            self.disconnect()
+        else:
+            self.lineage.went_back(self.position if self.endpoint is not None else None)
 
     def set_endpoints(self, members: Sequence[AnyMember]) -> None:
         """Change the endpoints; the one in use serves until another one does."""
@@ -293,6 +299,11 @@ class UpstreamShell:
         """Whether the position of the store must be read again."""
         return self.endpoint is not None and self.lineage.is_check_due(self.position, self.state.newest_revision)
 
+    def check_history(self, rng: random.Random) -> None:
+        """Read the position of the store in use again."""
+        if self.endpoint is not None:
+            self._recognise(rng, self.endpoint)
+
     def look_again(self, rng: random.Random) -> bool:
         """Read the position of the store in use again, if wanted; return whether that was enough."""
         if self.endpoint is None or not self.is_check_due:
@@ -388,6 +399,7 @@ class UpstreamShell:
         self._led.clear()
         self._in_flight.clear()
         self.state.disconnect()
+        self.on.broken()
 
     def end_stream(self, rng: random.Random) -> None:
         """Lose one stream; not one that tests whether a create ends it, as that would give a false result."""
@@ -420,7 +432,9 @@ class UpstreamShell:
         if self.state.goes_on:
             moves.append(self.go_on)
         if self.endpoint is None:
-            moves.append(self.connect)
+            # A proxy without a server refuses other proxies (proxy/passthrough/route_status.py).
+            if all(endpoint.member.has_server for endpoint in self.endpoints):
+                moves.append(self.connect)
             return
         if self.unregistered:
             moves.append(self.register)

@@ -18,14 +18,14 @@ from coalesce.guarantees.checkers import Received
 from proto.scan import Header, WatchResponse
 from tests.coalesce.shell import messages_of
 from tests.sim.calls import Calls
-from tests.sim.clients import SimSession, SimWatch, Spec, judge_logs, leaves
+from tests.sim.clients import OTHER_HISTORY, SimSession, SimWatch, Spec, judge_logs, leaves
 from tests.sim.config import Config, covers_range
 from tests.sim.describing import describe
 from tests.sim.failure import SimulationFailure
-from tests.sim.model_store import Member, Store
+from tests.sim.model_store import Store
 from tests.sim.parts import REAL, Parts
 from tests.sim.permissions import Permissions
-from tests.sim.store_member import StoreMember
+from tests.sim.store_member import make_member
 from tests.sim.upstream_shell import AnyMember, Callbacks, UpstreamShell
 
 Move = Callable[[random.Random], None]
@@ -58,7 +58,8 @@ class World:
         self.now = 1000.0
         self.store = Store()
         self.permissions = Permissions(config.auth, config.keys)
-        self.members = [self._make_member(place, parts) for place in range(config.members)]
+        made = partial(make_member, config, parts, self.store, self.permissions)
+        self.members: list[AnyMember] = [made(place) for place in range(config.members)]
         self.covers = config.covers
         self.clients: list[SimClient] = []
         # All watches ever, for the checkers; and those of clients that disconnected permanently.
@@ -82,19 +83,6 @@ class World:
         """The engine's timer; if it fires too early, it is set again."""
         self._start()
 
-    def _make_member(self, place: int, parts: Parts) -> AnyMember:
-        config, member_id = self.config, 0xE0 + place
-        if place >= max(config.members - config.bundled, config.old_members):
-            return StoreMember(
-                parts.store,
-                self.store,
-                member_id,
-                self.permissions,
-                config.batch_revisions_max,
-                config.store_fragment_bytes,
-            )
-        return Member(self.store, member_id, config.batch_revisions_max, place >= config.old_members)
-
     def _start(self) -> None:
         """Start the proxy."""
         limits = self.package.CoreLimits(**self.config.limits, covers=self.covers)
@@ -107,10 +95,11 @@ class World:
                 self._received,
                 lambda *answer: self.input(self.core.upstream_progress, *answer),
                 self._lost,
-                self.core_header_seen,
+                lambda header: self.core.header_seen(header),
                 self._resumed,
                 self._no_leader,
                 self._other_history,
+                self.lost_upstream,
             ),
             self._parts,
             self.has_leader,
@@ -154,16 +143,30 @@ class World:
         """
         self._read_all()
         self.judge(lambda _: None)
-        self.upstream.disconnect()
-        old_revision = self.believed = self.store.revision
+        self.lose_etcd()
+        old_revision = self.store.revision
         self.store.restore(revision)
         for member in self.members:
             member.restore()
+        self.was_restored(revision, old_revision, rng)
+
+    def lose_etcd(self) -> None:
+        """Lose the connection to etcd."""
+        self.upstream.disconnect()
+
+    def knows_above(self, revision: int) -> bool:
+        """Whether the proxy has seen that the store was above a revision."""
+        known: int = self.calls.queries.rollback.begin(self.upstream.state.newest_revision).known
+        return known > revision
+
+    def was_restored(self, revision: int, old_revision: int, rng: random.Random) -> None:
+        """Note the restore; detect it at once if it could not be detected later."""
+        self.believed = old_revision
         self.undiscovered = revision
         self.restored_to = revision if self.restored_to is None else min(revision, self.restored_to)
         self.restores += 1
         self._forget_above(revision)
-        knows = self.calls.queries.rollback.begin(self.upstream.state.newest_revision).known > revision
+        knows = self.knows_above(revision)
         self.calls.restored(revision, old_revision if knows else None, rng)
         # The log proves nothing if the store was restored twice, does not report its position, or was read from but
         # never connected to.
@@ -222,6 +225,8 @@ class World:
     def _received(self, upstream: Any, response: WatchResponse) -> None:
         if response.canceled:
             self.open_upstreams.pop(id(upstream), None)
+            if response.cancel_reason == OTHER_HISTORY and not upstream.closed:
+                self._other_history(response.header)
         self.input(self.core.upstream_response, upstream, response)
 
     def _lost(self, upstream: Any, status: int, text: str) -> None:
@@ -234,6 +239,9 @@ class World:
         if self.undiscovered is not None and member is not None and member.revision > self.believed:
             raise SimulationFailure("watches were registered at a restored store that had grown past the old one")
         self.calls.connected()
+
+    def lost_upstream(self) -> None:
+        """The connection of the watches has ended; with one level, a cached probe may outlive it."""
 
     def _no_leader(self) -> None:
         self.count("sessions ended without a leader")
@@ -295,10 +303,6 @@ class World:
             session.end(status, text, has_leader=False)
             self.count("sessions disconnected")
         self.input(self.core.close, core_session)
-
-    def core_header_seen(self, header: Header) -> None:
-        """Give the core a header; it has no effects."""
-        self.core.header_seen(header)
 
     def input(self, method: Callable[..., list[Any]], *arguments: Any) -> None:
         """Give the core an input and carry out its effects; inputs that arise meanwhile are queued."""

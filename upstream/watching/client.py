@@ -245,4 +245,8 @@ class WatchClient:
     def revision_regressed(self, revision: int) -> None:
         """Accept that the store is at `revision`, below what was seen before (restored from a snapshot)."""
         self._state.newest_revision = revision
-        self._failover.history.went_back(self._calls.places.server)
+        self._failover.other_history()
+
+    def check_history(self) -> None:
+        """Check the history of the store in use again, since the connection to its server may outlive a restore."""
+        self._failover.check_history()

@@ -199,7 +199,27 @@ class Failover:
         if server is not None:
             server.connection.close()
 
+    def other_history(self) -> None:
+        """Note that the store has another history, and leave a proxy: its connection outlives the restore.
+
+        So what is in flight there may be of the old history, and the position that it had when connected is. It is used
+        again once it has a server itself (proxy/passthrough/route_status.py), whose history it has checked.
+        """
+        server = self._places.server
+        if server is None or not server.target.is_proxy:
+            self.history.went_back(server)
+            return
+        self.history.went_back(None)
+        # At once; the connection is closed by the task, since this may be called from its protocol.
+        self.calls.close()
+        self._lost.set()
+
     # Checks of the server in use.
+
+    def check_history(self) -> None:
+        """Compare the position of the store in use with the known one, now."""
+        if (server := self._places.server) is not None:
+            self.history.read_again(server)
 
     def _look_later(self) -> None:
         self._look = asyncio.get_running_loop().call_later(self._settings.create_timeout_s / 4, self._look_again)

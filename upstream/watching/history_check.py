@@ -50,7 +50,12 @@ class HistoryCheck:
 
     def look(self, server: Server, newest_revision: int) -> None:
         """Check the server in use once more after its store has passed the known revision, if it had not before."""
-        if self._tracker.is_check_due(server.position, newest_revision) and self._again is None:
+        if self._tracker.is_check_due(server.position, newest_revision):
+            self.read_again(server)
+
+    def read_again(self, server: Server) -> None:
+        """Read the position of the server in use again, and check it; unless it is being read."""
+        if self._again is None:
             self._again = asyncio.get_running_loop().create_task(self._repeat(server), name="recognise upstream")
 
     async def _repeat(self, server: Server) -> None:

@@ -75,6 +75,12 @@ class StreamCalls:
         self._needs_leader = needs_leader
         self.places.use(server, connections)
 
+    def close(self) -> None:
+        """End all calls; nothing that arrives on them counts any more. Watches wait for the next server."""
+        streams = list(self._state.streams())
+        self._state.disconnect()
+        self.apply([watch_effects.CloseStream(stream) for stream in streams])
+
     def leave(self) -> None:
         """End all calls: the server is no longer in use."""
         self.own_user.leave()

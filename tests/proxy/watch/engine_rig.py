@@ -124,6 +124,9 @@ class FakeUpstream:
     def revision_regressed(self, revision: int) -> None:
         self.told.append(("went back", revision))
 
+    def check_history(self) -> None:
+        self.told.append(("check history", None))
+
     def open(self, watch: Any) -> None:
         self.told.append(("open", watch))
 
