@@ -20,6 +20,9 @@ from proxy.listening.turns import in_parts
 SPREAD_S = 0.25
 """One timer serves all acknowledgements that are due within this time."""
 
+PER_TURN = 32
+"""Acknowledgements of one turn of the loop, each a write: an event waits for them, half a millisecond."""
+
 
 class PingedConnection(Protocol):
     """The connection of a client that waits for an acknowledgement."""
@@ -64,4 +67,4 @@ class LateAcknowledgements:
             connection.h2.acknowledge_late(now)
             connection.schedule_flush()
 
-        in_parts(due, acknowledge)
+        in_parts(due, acknowledge, part=PER_TURN)

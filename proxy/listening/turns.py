@@ -91,15 +91,17 @@ class TurnBudget:
             self._ask()
 
 
-def in_parts(items: Iterable[T], do: Callable[[T], None], then: Callable[[], None] | None = None) -> None:
-    """Call `do` for each item, PART of them now and as many in each following turn of the loop; then call `then`."""
-    _next_part(deque(items), do, then)
+def in_parts(
+    items: Iterable[T], do: Callable[[T], None], then: Callable[[], None] | None = None, part: int = PART
+) -> None:
+    """Call `do` for each item, `part` of them now and as many in each following turn of the loop; then call `then`."""
+    _next_part(deque(items), do, then, part)
 
 
-def _next_part(left: deque[T], do: Callable[[T], None], then: Callable[[], None] | None) -> None:
-    for _ in range(min(PART, len(left))):
+def _next_part(left: deque[T], do: Callable[[T], None], then: Callable[[], None] | None, part: int) -> None:
+    for _ in range(min(part, len(left))):
         do(left.popleft())
     if left:
-        asyncio.get_running_loop().call_soon(_next_part, left, do, then)
+        asyncio.get_running_loop().call_soon(_next_part, left, do, then, part)
     elif then is not None:
         then()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
+from time import monotonic
 
 import pytest
 
+from proto.http2 import Connection, Role
 from proto.http2.frames import BANDWIDTH_PING, ping, window_update
 from proxy.listening import late_acks
 from tests.e2e.raw_client import RawClient
@@ -84,3 +87,31 @@ async def test_a_connection_that_closes_first_harms_no_other(monkeypatch: pytest
         await until_async(lambda: len(rig.listener.connections) == 1, "the close")
         fire(rig, monkeypatch)
         await until_async(lambda: len(staying.pings) == 2, "the late acknowledgement")
+
+
+class Owing:
+    """A connection that owes an acknowledgement."""
+
+    def __init__(self, acknowledged: list[Owing]) -> None:
+        self.h2 = Connection(Role.SERVER)
+        self.acknowledged = acknowledged
+
+    def schedule_flush(self) -> None:
+        """Count it."""
+        self.acknowledged.append(self)
+
+
+async def test_many_late_acknowledgements_take_several_turns() -> None:
+    """An event does not wait for all of them."""
+    late = late_acks.LateAcknowledgements()
+    acknowledged: list[Owing] = []
+    for _ in range(4 * late_acks.PER_TURN):
+        late.add(Owing(acknowledged), monotonic() - 10)
+    assert late._timer is not None
+    late._timer.cancel()
+    late._timer_fired()
+    counts = [0, len(acknowledged)]
+    while len(acknowledged) < 4 * late_acks.PER_TURN:
+        await asyncio.sleep(0)
+        counts.append(len(acknowledged))
+    assert max(after - before for before, after in pairwise(counts)) <= 2 * late_acks.PER_TURN
