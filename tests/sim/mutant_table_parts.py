@@ -51,19 +51,38 @@ PARTS_MUTANTS: tuple[Mutant, ...] = (
         "return same or (response.watch_id < 0 and not response.created)",
     ),
     Mutant(
+        "a created watch overtakes an earlier answer that waits",
+        _FEED,
+        "if response.created and creates:",
+        "if False:",
+    ),
+    Mutant(
+        "a created watch overtakes an earlier answer of the same bytes",
+        _FEED,
+        "holds_creates = holds_creates or response.created",
+        "pass",
+    ),
+    Mutant(
+        "of several responses without events one is lost",
+        _FEED,
+        """
+        if not isinstance(first, WatchResponse) or first.events:
+            return
+        self._release()
+        """,
+        """
+        self._release()
+            if not isinstance(first, WatchResponse) or first.events:
+                return
+        """,
+    ),
+    Mutant(
         "an answered suspect registers twice",
         _REGISTRATIONS,
         "if registration.stream is None and not registration.closed:",
         "if not registration.closed:",
     ),
     # Sources whose watches end in steps.
-    Mutant(
-        "creates that come after the loss of a trunk are refused with it",
-        "losing",
-        "self._prepare_again(trunk)",
-        "[self._refuse(create, reason, left) for create in tuple(trunk.joining)]",
-        two_levels=True,
-    ),
     Mutant(
         "a trunk that was lost before a restore is not opened again",
         "losing",

@@ -309,7 +309,9 @@ def break_stream(world: World, rng: random.Random) -> None:
         return
     world.count("poisoned creates")
     world.upstream.poison_text = LOST
-    world.upstream.poisoned = {rng.choice(world.config.ranges)} if rng.random() < 0.5 else set()
+    key, range_end = rng.choice(world.config.ranges) if rng.random() < 0.5 else (None, b"")
+    # In etcd an empty key means the smallest one.
+    world.upstream.poisoned = set() if key is None else {(key or b"\0", range_end)}
 
 
 @_action(0.8, fault=True)

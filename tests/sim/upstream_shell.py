@@ -460,8 +460,9 @@ class UpstreamShell:
         if link is None:
             return
         if self.poisoned and link.requests:
-            create = rpc_pb2.WatchRequest.FromString(link.requests[0]).create_request
-            if (create.key, create.range_end) in self.poisoned:
+            request = rpc_pb2.WatchRequest.FromString(link.requests[0])
+            create = request.create_request
+            if request.HasField("create_request") and (create.key, create.range_end) in self.poisoned:
                 self.poisonings += 1
                 self._end(stream, RESOURCE_EXHAUSTED, self.poison_text)
                 return
