@@ -67,7 +67,7 @@ def render(now: Snapshot, before: Snapshot | None = None, stale: str = "") -> Ta
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column("what")
     table.add_column("number", justify="right", style="bold")
-    table.add_column("note", style="dim")
+    table.add_column("note", style="dim", overflow="fold")
     state = Text("serving", style="bold green") if now.serving else Text("not serving", style="bold red")
     table.add_row("state", state, now.reason or "in front of " + ", ".join(now.endpoints))
     for problem in now.endpoint_problems:

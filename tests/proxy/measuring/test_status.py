@@ -113,5 +113,11 @@ def test_the_status_counts_what_clients_did() -> None:
     assert "refused │ 1" in text
 
 
+def test_the_status_is_whole_on_40_columns() -> None:
+    problem = "127.0.0.1:12379: connection refused"
+    text = printed(status.render(Snapshot(endpoints=["127.0.0.1:12379"], endpoint_problems=[problem])), 40)
+    assert "\u2026" not in text
+
+
 def test_no_watches_are_no_reduction() -> None:
     assert "0.0x" not in printed(status.render(Snapshot(watches=0, trunks=3)), 120)
