@@ -120,6 +120,9 @@ def _explain_tls(error: ssl.SSLError, where: str) -> Unreachable:
     reason = error.reason or ""
     if "WRONG_VERSION_NUMBER" in reason or "RECORD_LAYER_FAILURE" in reason or "HTTP_REQUEST" in reason:
         return Unreachable(where, "it does not speak TLS", "use http:// for this endpoint, or check the port")
+    if "ALERT_CERTIFICATE_EXPIRED" in reason:
+        to_do = "renew the files of --cert and --key, which need no restart, or set its clock"
+        return Unreachable(where, "it says that our certificate has expired", to_do)
     if "CERTIFICATE_REQUIRED" in reason or "BAD_CERTIFICATE" in reason or "HANDSHAKE_FAILURE" in reason:
         return Unreachable(
             where, f"it refused our certificate ({reason})", "give one that it trusts (--cert and --key)"

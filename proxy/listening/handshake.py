@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import time
 from collections.abc import Callable, Sequence
 
 from proxy import logs
@@ -131,7 +132,12 @@ class Acceptor:
         now, failed = self._loop.time(), self._listener.stats.handshakes_failed
         if now >= self._logged_at + FAILURES_LOG_S:
             count, self._logged_at, self._logged = failed - self._logged, now, failed
-            log.info("TLS handshake with a client failed", peer=peer, problem=problem, failed=count)
+            expires_at = getattr(newest(self._context, not_renewed), "expires_at", None)
+            report = log.info
+            if expires_at is not None and expires_at < time.time():
+                # The client says so, if at all, in other words: "bad certificate".
+                report, problem = log.error, f"{problem}; the certificate of --cert-file has expired: renew the file"
+            report("TLS handshake with a client failed", peer=peer, problem=problem, failed=count)
 
 
 def explain(error: Exception) -> str:

@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 FETCH_LIMIT_S = 5.0
 REFRESH_S = 1.0
+EXPIRY_SHOWN_S = 7 * 86400.0
+CERTIFICATES = {"listener": "--cert-file, which clients check", "upstream": "--cert, which etcd checks"}
 JOINED = {"live": "from now", "future": "from later", "history": "from history", "backfill": "by a backfill"}
 """Where watches began, by the label of the metric."""
 
@@ -72,6 +74,11 @@ def render(now: Snapshot, before: Snapshot | None = None, stale: str = "") -> Ta
     table.add_row("state", state, now.reason or "in front of " + ", ".join(now.endpoints))
     for problem in now.endpoint_problems:
         table.add_row("  endpoint", Text("unusable", style="bold red"), escape(problem))
+    for use, expires_at in now.certificate_expiry_s.items():
+        left_s = expires_at - time.time()
+        if left_s < EXPIRY_SHOWN_S:
+            state = Text("expired" if left_s < 0 else show_age(left_s), style="bold red")
+            table.add_row("  certificate", state, f"of {CERTIFICATES[use]}: renew the file, without a restart")
     if now.bundled_store:
         lost = "no etcd is configured; all data is lost when the proxy stops"
         table.add_row("store", Text("bundled, in memory", style="bold red"), lost)

@@ -20,7 +20,7 @@ from tests.waiting import run, until_async
 from upstream.connecting import connect
 from upstream.connection import ClientConnection, NotSent
 from upstream.endpoints import parse_endpoint
-from upstream.errors import CallFailed, Unreachable
+from upstream.errors import CallFailed, Unreachable, explain_connect
 from upstream.heads import request_headers
 from upstream.settings import ConnectionSettings
 from upstream.tls import client_context, server_context
@@ -125,6 +125,14 @@ async def test_error_texts_when_a_real_etcd_speaks_no_tls(etcd: EtcdServer, cert
     text = await refused(f"https://{etcd.endpoint}", client_context(cacert=certificates.ca))
     assert f"https://{etcd.endpoint}: it closed the connection during the TLS handshake; if it does not use TLS" in text
     assert "use http:// for this endpoint" in text
+
+
+def test_the_error_text_when_the_own_certificate_has_expired() -> None:
+    """Go's alert, as Python's ssl names it."""
+    error = ssl.SSLError(1, "sslv3 alert certificate expired")
+    error.reason = "SSLV3_ALERT_CERTIFICATE_EXPIRED"
+    text = str(explain_connect(error, "https://etcd:1", secure=True))
+    assert text.startswith("https://etcd:1: it says that our certificate has expired; renew the files of --cert and")
 
 
 async def test_error_texts_when_tls_does_not_match(certificates: Certificates) -> None:

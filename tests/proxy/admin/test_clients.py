@@ -203,3 +203,18 @@ def test_failed_handshakes_are_logged_with_peer_and_reason(etcd: EtcdServer, fil
     assert lines[0]["peer"].startswith("127.0.0.1:")
     assert lines[0]["problem"] == "the client does not speak TLS"
     assert lines[0]["failed"] == 1
+
+
+def test_failed_handshakes_say_that_the_own_certificate_expired(etcd: EtcdServer, files: Certificates) -> None:
+    async def scenario() -> Any:
+        inward = server_context(files.server_cert, files.server_key, files.ca)
+        async with proxy_for(etcd, tls=inward) as proxy:
+            inward.expires_at = 1.0
+            with capture_logs() as lines, socket.create_connection(("127.0.0.1", proxy.port)) as client:
+                client.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+                await until_async(lambda: proxy.listener.stats.handshakes_failed == 1, "the failure")
+            return next(line for line in lines if "handshake" in line["event"])
+
+    line = run(scenario())
+    assert line["log_level"] == "error"
+    assert line["problem"].endswith("; the certificate of --cert-file has expired: renew the file")

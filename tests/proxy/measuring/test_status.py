@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -117,6 +118,14 @@ def test_the_status_is_whole_on_40_columns() -> None:
     problem = "127.0.0.1:12379: connection refused"
     text = printed(status.render(Snapshot(endpoints=["127.0.0.1:12379"], endpoint_problems=[problem])), 40)
     assert "\u2026" not in text
+
+
+def test_the_status_shows_certificates_that_expire() -> None:
+    now = time.time()
+    for expires_at, shown in ((now - 5, "expired"), (now + 2.5 * 86400, "2 days")):
+        text = " ".join(printed(status.render(Snapshot(certificate_expiry_s={"listener": expires_at})), 120).split())
+        assert f"certificate │ {shown} │ of --cert-file, which clients check: renew the file" in text
+    assert "certificate" not in printed(status.render(Snapshot(certificate_expiry_s={"upstream": now + 8e6})), 120)
 
 
 def test_no_watches_are_no_reduction() -> None:
