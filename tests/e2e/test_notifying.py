@@ -59,7 +59,7 @@ async def watchers(port: int, endpoint: str) -> None:
         try:
             for listener in listeners:
                 await listener.notified(4)
-            assert min(listener.revisions[-1] for listener in listeners) > 20
+            await until_async(lambda: min(each.revisions[-1] for each in listeners) > 20, "the revisions of the writes")
         finally:
             for task in tasks:
                 task.cancel()
