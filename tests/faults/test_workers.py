@@ -133,19 +133,39 @@ async def killed_in_fragments(scene: Scene) -> None:
         await asyncio.gather(scene.kill("hub"), *(put_large(store, 4, 300_000) for _ in range(2)))
 
 
-async def killed_in_creates(scene: Scene) -> None:
-    """Kill the hub while each client creates 100 watches, half of them from the past; all are created."""
-    watches = []
-    for client in scene.clients:
-        for number in range(100):
-            stream = client.watch()
-            stream.create(PREFIX + b"%d" % number, b"", number % 2)
-            watches.append((client, stream))
-    await scene.kill("hub")
-    for client, stream in watches:
-        if not client.lost:
-            await stream.created(30)
-            stream.raw.cancel()
+def in_creates(inner: Fault) -> Fault:
+    """Let each client create 100 watches, half of them from the past, just before a fault; all are created."""
+
+    async def fault(scene: Scene) -> None:
+        watches = []
+        for client in scene.clients:
+            for number in range(100):
+                stream = client.watch()
+                stream.create(PREFIX + b"%d" % number, b"", number % 2)
+                watches.append((client, stream))
+        await inner(scene)
+        for client, stream in watches:
+            if not client.lost:
+                await stream.created(30)
+                stream.raw.cancel()
+
+    return fault
+
+
+async def reloaded_without_hub(scene: Scene) -> None:
+    """Send SIGHUP to the parent right after the hub was killed, and once more while the next one starts."""
+    parent = scene.proxy.process
+    assert parent is not None
+    before = await asyncio.to_thread(scene.pid, "hub")
+    os.kill(before, signal.SIGKILL)
+    parent.send_signal(signal.SIGHUP)
+
+    def replaced() -> bool:
+        parent.send_signal(signal.SIGHUP)
+        return scene.proxy.processes().get("hub") not in (None, before)
+
+    await asyncio.to_thread(until, replaced, "the next hub", 30)
+    await scene.calls_go_on()
 
 
 async def cut(scene: Scene) -> None:
@@ -206,7 +226,9 @@ FAULTS: dict[str, Fault] = {
     "cut": cut,
     "worker held": held("worker-2"),
     "parent held": held("parent"),
-    "hub killed in creates": killed_in_creates,
+    "hub killed in creates": in_creates(killed("hub")),
+    "hub held in creates": in_creates(held("hub")),
+    "reloaded without a hub": reloaded_without_hub,
     "hub and a worker killed": killed("hub", "worker-2"),
     "all killed": killed("hub", "worker-1", "worker-2"),
     "half-open": half_open,
