@@ -7,7 +7,9 @@ name only. Every user error becomes one line on standard error: exit code 2 for 
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -15,7 +17,9 @@ from typing import NamedTuple, cast
 
 import click
 
-from proxy.errors import INTERRUPTED, WRONG_REQUEST, Failed, complain
+from proxy.errors import FAILURE, INTERRUPTED, WRONG_REQUEST, Failed, complain
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class _CommandEntry(NamedTuple):
@@ -139,6 +143,12 @@ def run(arguments: list[str], serve: Callable[..., int] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         complain("interrupted")
         return INTERRUPTED
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        # Any other file is read or written where its name is known.
+        complain(f"cannot write the output: {os.strerror(error.errno).lower()}; write it elsewhere or make room")
+        return FAILURE
     return result if isinstance(result, int) else 0
 
 

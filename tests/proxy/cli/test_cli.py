@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -250,3 +251,17 @@ def test_a_foreign_proto_package_is_one_clear_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"watchmux: the Python package `proto` ({tmp_path}/proto) is that of another program")
+
+
+@pytest.mark.parametrize("arguments", ["--version", "config", "serve --help"])
+def test_output_that_cannot_be_written_is_one_line(
+    arguments: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        code, line = complaint(capsys, *arguments.split())
+        assert code == 1
+        assert line == "cannot write the output: no space left on device; write it elsewhere or make room"
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
