@@ -57,7 +57,7 @@ class Clientv3:
         """Return the revisions of all events of a watch so far."""
         return [revision for line in self.lines("response") for revision in line["revisions"]]
 
-    def until(self, found: Callable[[Line], Any], what: str, timeout_s: float = 15.0) -> Line:
+    def until(self, found: Callable[[Line], Any], what: str, timeout_s: float = 30.0) -> Line:
         """Return the first line that `found` accepts, as soon as it is printed."""
         return until(lambda: next((line for line in self.lines() if found(line)), None) or {}, what, timeout_s)
 

@@ -104,14 +104,15 @@ async def test_too_many_watches_on_a_session(etcd: EtcdServer) -> None:
 
 
 async def test_a_client_behind_for_too_long_gets_the_reason(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.listening.calls.UNREAD_END_GRACE_S", 0.2)
+    monkeypatch.setattr("proxy.listening.calls.UNREAD_END_GRACE_S", 0.5)
     limits = CoreLimits(lagging_age_s_max=0.3)
     async with (
         proxy_for(etcd, limits=limits) as proxy,
         direct(etcd) as store,
         await RawClient.connect(proxy.port, window=65_535) as client,
+        await RawClient.connect(proxy.port) as other,
     ):
-        dead, slow, quick = client.watch(), client.watch(), client.watch()
+        dead, slow, quick = client.watch(), client.watch(), other.watch()
         for stream in (dead, slow, quick):
             stream.create(b"a")
             await stream.created()
