@@ -77,6 +77,11 @@ class KeyedHistory(History):
         super().drop(floor)
         self._clear()
 
+    def discard(self) -> None:
+        """Let the budget evict everything: the source has ended."""
+        super().discard()
+        self._clear()
+
     def evict_oldest(self) -> None:
         """Evict the oldest batch, and raise the floor above it."""
         super().evict_oldest()

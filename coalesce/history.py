@@ -5,7 +5,7 @@ any time. A history evicts whole batches from its old end; it is complete from t
 need an older revision get it from etcd by a backfill.
 
 All histories share one HistoryBudget: it holds the order of all batches, and evicts the oldest of all when the total
-size or the age is exceeded.
+size or the age is exceeded. It also evicts what the histories of ended sources hold. Each step evicts a bounded number.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
-from typing import NamedTuple, cast
+from typing import Final, NamedTuple, cast
 
 from coalesce.batch import FRAGMENT, NO_DELETE, NO_PUT, Batch, Payload, Variants, filtered, revisions_of
 from coalesce.limits import CoreLimits
@@ -22,6 +22,13 @@ from coalesce.stats import Stats
 from proto.event_key import event_key
 from proto.scan import Event
 from proto.spans import Span, is_in
+
+EVICTED_MAX: Final = 2_000
+"""Maximum batches that are evicted in one step because of their age or the end of their source: 1 us for each."""
+
+# While entries of evicted batches are removed from the budget: so many are examined after so many further evictions.
+_EXAMINED_ENTRIES: Final = 1024
+_EXAMINED_AFTER: Final = 256
 
 _revision_of = attrgetter("revision")
 
@@ -178,6 +185,12 @@ class History:
         self.floor = floor
         self.last_revision = 0
 
+    def discard(self) -> None:
+        """Let the budget evict everything, in steps: the source has ended."""
+        self.eviction_hook = None
+        if len(self):
+            self._budget.discarded.append(self)
+
     def replay(self, position: int, variant: int, limits: CoreLimits, span: Span | None = None) -> Replayed:
         """Join the events that a watch of `variant` at `position` has missed into one response.
 
@@ -240,7 +253,7 @@ def _passing(events: Sequence[Event], variant: int, span: Span | None) -> Sequen
 class HistoryBudget:
     """All batches of all histories, in the order of their arrival."""
 
-    __slots__ = ("entries", "limits", "stats")
+    __slots__ = ("_evictions", "_goes_on", "_kept", "discarded", "entries", "limits", "stats")
 
     def __init__(self, limits: CoreLimits, stats: Stats) -> None:
         self.limits = limits
@@ -248,6 +261,14 @@ class HistoryBudget:
         # Oldest first; those that their histories have evicted stay, without events, until they are the oldest or are
         # too many.
         self.entries: deque[Batch] = deque()
+        # While there are too many: the older entries, without those. Empty if `entries` is.
+        self._kept: deque[Batch] = deque()
+        # Evictions since entries were last examined.
+        self._evictions = 0
+        # Histories of ended sources that still hold batches.
+        self.discarded: deque[History] = deque()
+        # The last step has evicted as many as it may.
+        self._goes_on = False
 
     def hold_bounds(self, history: History) -> None:
         """Evict batches until one history and all of them together are within their bounds."""
@@ -270,26 +291,56 @@ class HistoryBudget:
         batch.events = ()
         self.stats.history_bytes -= batch.memory_bytes
         self.stats.history_batches -= 1
-        entries = self.entries
-        while entries and entries[0].history is None:
-            entries.popleft()
-        if len(entries) > 2 * self.stats.history_batches + 64:
-            self.entries = deque(entry for entry in entries if entry.history is not None)
+        kept, entries = self._kept, self.entries
+        while kept and kept[0].history is None:
+            kept.popleft()
+        if not kept:
+            while entries and entries[0].history is None:
+                entries.popleft()
+        if kept or len(entries) > 2 * self.stats.history_batches + 64:
+            self._evictions += 1
+            if self._evictions >= _EXAMINED_AFTER:
+                self._evictions = 0
+                self._examine_entries()
+
+    def _examine_entries(self) -> None:
+        """Remove entries of evicted batches, a part at a time."""
+        kept, entries = self._kept, self.entries
+        part = [entries.popleft() for _ in range(min(_EXAMINED_ENTRIES, len(entries)))]
+        kept.extend([entry for entry in part if entry.history is not None])
+        if not entries:
+            self.entries, self._kept = kept, entries
 
     def expire(self, now: float) -> None:
-        """Evict the batches that are older than history_age_s."""
-        while self.entries and self.entries[0].arrived_at + self.limits.history_age_s <= now:
+        """Evict batches of ended sources, and those that are older than history_age_s."""
+        left = EVICTED_MAX
+        while self.discarded and left > 0:
+            history = self.discarded[0]
+            for _ in range(min(left, len(history))):
+                history.evict_oldest()
+                left -= 1
+            if not len(history):
+                self.discarded.popleft()
+        while left > 0 and self.entries and self._oldest.arrived_at + self.limits.history_age_s <= now:
             self.stats.evicted_at["history_age_s"] += 1
             self._evict_first()
+            left -= 1
+        self._goes_on = left <= 0
 
     def next_deadline(self) -> float | None:
-        """Return when the oldest batch is to be evicted by age: a little late, so that one timer serves many."""
+        """Return when to evict: because of age a little late, so that one timer serves many, but at once to go on."""
         if not self.entries:
             return None
-        return self.entries[0].arrived_at + self.limits.history_age_s * 1.0625
+        if self.discarded:
+            return self._oldest.arrived_at
+        return self._oldest.arrived_at + self.limits.history_age_s * (1.0 if self._goes_on else 1.0625)
+
+    @property
+    def _oldest(self) -> Batch:
+        return (self._kept or self.entries)[0]
 
     def _evict_first(self) -> None:
         # The oldest of all is the oldest of its own history.
-        history = self.entries[0].history
+        history = self._oldest.history
         assert isinstance(history, History), "evicted batches are not the oldest"
         history.evict_oldest()

@@ -335,9 +335,11 @@ def _check_gauges(state: CoreState) -> None:
             17, session.line_bytes == sum(request.bytes for request in session.queue or ()), "line_bytes of a session"
         )
         lagging += len(session.lagging)
-    for source in [*_sources(state), *state.parked.values()]:
-        history_bytes += source.history.bytes
-        history_batches += len(source.history)
+    histories = [source.history for source in [*_sources(state), *state.parked.values()]]
+    _need(18, not {*map(id, histories)} & {*map(id, state.ledger.discarded)}, "a history in use is discarded")
+    for history in [*histories, *state.ledger.discarded]:
+        history_bytes += history.bytes
+        history_batches += len(history)
     _need(17, stats.sessions == len(state.sessions), "sessions")
     _need(17, stats.watches == watches, "watches")
     _need(17, stats.ids_kept == ids_kept, "ids kept")

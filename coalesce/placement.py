@@ -406,7 +406,7 @@ class Placement:
 
     def _forget(self, backfill: Backfill) -> None:
         self._state.end_run(backfill)
-        backfill.history.drop(backfill.next_revision)
+        backfill.history.discard()
         backfill.upstream.leave(backfill)
         del self._state.backfills[backfill]
         self._state.to_promote.pop(backfill, None)

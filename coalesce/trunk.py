@@ -115,7 +115,7 @@ class Trunks:
         parked = state.parked.pop(name, None)
         if parked is not None:
             state.stats.parked -= 1
-            self._drop(parked)
+            parked.history.discard()
         state.trunks[name] = trunk
         state.stats.trunks += 1
         state.open_upstream(trunk, start, prev_kv, False)
@@ -186,7 +186,7 @@ class Trunks:
         served = start is not None and trunk.history.floor <= start <= position
         furthest = state.limits.backfill_share_revisions if served else state.limits.trunk_catch_up_revisions
         if start is None or start > newest or position < state.compact_revision or newest - position > furthest:
-            self._drop(trunk)
+            trunk.history.discard()
             return None
         if request.prev_kv and trunk.prev_kv_from is None:
             trunk.prev_kv_from = position
@@ -222,7 +222,7 @@ class Trunks:
         """Drop parked trunks, whose histories may be wrong; return what is left of the `left` of this step."""
         parked = self._state.parked
         while parked and left > 0:
-            left -= 1 + len(next(iter(parked.values())).history) // BATCHES_DROPPED
+            left -= 1
             self._drop_first(None)
         return left
 
@@ -233,15 +233,12 @@ class Trunks:
         state.stats.parked -= 1
         if limit is not None:
             state.stats.evicted_at[limit] += len(trunk.history)
-        self._drop(trunk)
-
-    def _drop(self, trunk: Trunk) -> None:
-        trunk.history.drop(trunk.next_revision)
+        trunk.history.discard()
 
     def remove(self, trunk: Trunk, *, gone: bool = False) -> None:
         """Remove an unused trunk; `gone`: etcd has ended its upstream watch already."""
         self._close(trunk, gone=gone)
-        self._drop(trunk)
+        trunk.history.discard()
 
     def _close(self, trunk: Trunk, *, gone: bool) -> None:
         state = self._state

@@ -161,6 +161,47 @@ def test_old_batches_are_evicted_by_age() -> None:
     assert (made.floor, len(made), ledger.next_deadline()) == (4, 0, None)
 
 
+def test_batches_are_evicted_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batches of half a minute are due at once, and those of a source that has ended."""
+    monkeypatch.setattr("coalesce.history.EVICTED_MAX", 3)
+    stats = Stats()
+    ledger = HistoryBudget(CoreLimits(history_age_s=60), stats)
+    one, ended = History(ledger, 1, False), History(ledger, 1, False)
+    for revision in range(1, 6):
+        one.append(batch(put(revision)), 1.0)
+    for revision in range(6, 11):
+        ended.append(batch(put(revision)), 2.0)
+    ended.discard()
+    counts = []
+    while (deadline := ledger.next_deadline()) is not None and deadline <= 61.5:
+        ledger.expire(61.5)
+        counts.append(stats.history_batches)
+    assert counts == [7, 4, 1, 0]
+    assert (len(one), len(ended), stats.history_bytes, *ledger.discarded) == (0, 0, 0)
+    assert stats.evicted_at["history_age_s"] == 5
+
+
+def test_entries_of_evicted_batches_are_removed_in_parts() -> None:
+    stats = Stats()
+    ledger = HistoryBudget(CoreLimits(history_revisions_max=3_000, history_age_s=1e9), stats)
+    old, busy = History(ledger, 1, False), History(ledger, 1, False)
+    old.append(batch(put(1)), 0.0)
+    longest, before = 0, 0
+    for revision in range(2, 25_000):
+        busy.append(batch(put(revision)), float(revision))
+        count = len(ledger.entries) + len(ledger._kept)
+        assert count >= before - 1_024
+        longest, before = max(longest, count), count
+        assert ledger._oldest.history is old
+    assert longest < 12_000
+    old.drop(2)
+    assert ledger._oldest.history is busy
+    for revision in range(25_000, 32_000):
+        busy.append(batch(put(revision)), float(revision))
+    alive = [entry for entry in [*ledger._kept, *ledger.entries] if entry.history is not None]
+    assert alive == busy.batches()
+
+
 def test_the_budget_drops_entries_that_histories_evicted() -> None:
     stats = Stats()
     ledger = HistoryBudget(CoreLimits(history_revisions_max=2), stats)

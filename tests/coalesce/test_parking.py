@@ -52,6 +52,7 @@ def test_a_watch_from_now_does_not_wait_for_a_catch_up(start: int | None, opened
     parked(shell)
     client, trunk = come_back(shell, start, 20)
     assert trunk.start_revision == opened
+    shell.settle()
     assert (shell.core.stats.resumed, shell.core.stats.history_bytes) == (0, 0)
     shell.created(trunk, 20)
     shell.events(trunk, put(21), put(30))
@@ -68,6 +69,7 @@ def test_no_watch_waits_for_a_long_catch_up(start: int, behind: int, resumed: bo
     _, trunk = come_back(shell, start, 8 + 1 + behind)
     assert (trunk.start_revision == 9) is resumed
     assert shell.core.stats.resumed == resumed
+    shell.settle()
     assert bool(shell.core.stats.history_bytes) is resumed
 
 
@@ -123,6 +125,7 @@ def test_a_trunk_without_events_is_not_parked(shell: Shell) -> None:
 def test_a_restored_store_drops_parked_histories(shell: Shell) -> None:
     parked(shell)
     shell.do(shell.core.other_history, header(4))
+    shell.settle()
     assert (shell.core.stats.parked, shell.core.stats.history_bytes) == (0, 0)
 
 
@@ -145,3 +148,18 @@ def test_a_client_that_leaves_early_leaves_the_trunk_parked(shell: Shell) -> Non
     client, trunk = come_back(shell, 7, 9)
     shell.created(trunk, 9)
     assert client.read() == ["#0 @9 created", "#0 @8 put 7 k=v put 8 k=v"]
+
+
+def test_the_history_of_a_range_that_ends_is_discarded_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coalesce.history.EVICTED_MAX", 4)
+    shell = Shell(CoreLimits(history_linger_s=5))
+    parked(shell, events=10)
+    client, trunk = come_back(shell, None, 5_000)
+    shell.created(trunk, 5_000)
+    counts = [shell.core.stats.history_batches]
+    while shell.core.next_deadline() == shell.now or counts[-1]:
+        shell.do(shell.core.expire)
+        counts.append(shell.core.stats.history_batches)
+    assert counts[-4:] == [10, 6, 2, 0]
+    shell.events(trunk, put(5_001))
+    assert client.read()[-1] == "#0 @5001 put 5001 k=v"

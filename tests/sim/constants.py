@@ -58,6 +58,7 @@ SMALL: dict[tuple[str, str], tuple[int, ...]] = {
     ("coalesce.waiting", "ANSWERED_SESSIONS_MAX"): _FEW,
     ("coalesce.placement", "SHARED_BY_MAX"): _FEW,
     ("coalesce.placement", "UPGRADED_MAX"): _FEW,
+    ("coalesce.history", "EVICTED_MAX"): _FEW,
 }
 """The values of each constant, by module and name."""
 

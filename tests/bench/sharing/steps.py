@@ -10,6 +10,7 @@ import asyncio
 import gc
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +41,7 @@ from upstream.watching.stream import StreamEndAction, WatchStream
 
 WATCHES = 100_000
 CREATES_OF_A_READ = 5_000
+EVENTS = 94_000
 START = 1000
 NO_LIMITS = CoreLimits(watches_per_session_max=1 << 30, queue_max=1 << 30, linger_s=0.0)
 
@@ -74,7 +76,7 @@ class Many:
         has_leader: bool = False,
     ) -> None:
         self.core = Coalescer(NO_LIMITS)
-        self.core.limits = CoreLimits(watches_per_session_max=1 << 30, queue_max=1 << 30, linger_s=0.0, covers=covers)
+        self.core.limits = replace(NO_LIMITS, covers=covers)
         self.core.header_seen(header(START))
         self.now = 0.0
         self.opened: list[Upstream] = []
@@ -271,6 +273,43 @@ def stream_ends(action: StreamEndAction) -> Steps:
     return all_steps(steps, state, state.register)
 
 
+def history_grows_old() -> Steps:
+    """The events of the 19 s between two timers have become too old: 5,000 in a second."""
+    many = Many(1)
+    many.core.limits = replace(
+        NO_LIMITS, history_revisions_max=EVENTS, history_bytes_max=NO_LIMITS.history_bytes_total_max
+    )
+    for revision in range(START + 1, START + EVENTS):
+        many.core.upstream_response(
+            many.opened[0], WatchResponse(header(revision), 0, events=[put(revision)]), many.now
+        )
+    many.now += NO_LIMITS.history_age_s * 1.07
+    steps = Steps()
+    gc.collect()
+    gc.disable()
+    many.go_on(steps)
+    gc.enable()
+    return steps
+
+
+def range_ends() -> Steps:
+    """A range with 20,000 kept events ends, since its upstream watch is lost and is not used."""
+    many = Many(1)
+    for revision in range(START + 1, START + NO_LIMITS.history_revisions_max):
+        many.core.upstream_response(
+            many.opened[0], WatchResponse(header(revision), 0, events=[put(revision)]), many.now
+        )
+    many.carry_out(many.core.close(many.sessions[0], many.now))
+    many.go_on()
+    many.now += NO_LIMITS.history_linger_s * 1.1
+    steps = Steps()
+    gc.collect()
+    gc.disable()
+    many.go_on(steps)
+    gc.enable()
+    return steps
+
+
 class ReadLoop:
     """The event loop of an upstream call: time, and the calls for the next turn."""
 
@@ -344,6 +383,8 @@ def creates_are_answered() -> Steps:
 
 SITUATIONS: dict[str, Callable[[], Steps]] = {
     "creates are answered, 5,000 in one read": creates_are_answered,
+    "events of 19 s grow old, 5,000 in a second": history_grows_old,
+    "range with 20,000 kept events ends": range_ends,
     "connection lost": reconnect,
     "upstream stream ends": partial(stream_ends, StreamEndAction.MOVED),
     "upstream stream refused": partial(stream_ends, StreamEndAction.LOST),
