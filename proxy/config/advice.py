@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from proxy.config.knobs import ListenerTable, Settings
@@ -33,3 +34,6 @@ def advice(settings: Settings) -> Iterator[str]:
     ):
         if given and plain and not upstream.discovery_srv and not upstream.watch_endpoints:
             yield f"{flag} has no effect: each endpoint is http://, which is without TLS"
+    cores = len(os.sched_getaffinity(0))
+    if listener.workers > max(cores, 2):
+        yield f"--workers={listener.workers} costs memory and CPU and serves no more clients: there are {cores} cores"

@@ -260,6 +260,13 @@ def test_what_has_no_effect_is_said(tmp_path: Path) -> None:
     assert settings("--endpoints=http://a:1,b:1", f"--cacert={files.ca}")[1] == []
 
 
+def test_more_workers_than_cores_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
+    (note,) = settings("--endpoints=a:1", "--workers=100")[1]
+    assert note == "--workers=100 costs memory and CPU and serves no more clients: there are 3 cores"
+    assert settings("--endpoints=a:1", "--workers=3")[1] == []
+
+
 GRPC_PROXY_FLAGS = """
 advertise-client-url auto-tls cacert cert cert-file client-crl-file data-dir debug dial-keepalive-time
 dial-keepalive-timeout discovery-srv discovery-srv-name enable-pprof endpoints endpoints-auto-sync-interval
