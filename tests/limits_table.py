@@ -200,7 +200,9 @@ PASSTHROUGH: Final = {
 HTTP1: Final = {
     "connect_timeout_s": Row(_HTTP1 % 502, f"{_LISTENER}test_http1_that_is_refused_is_counted"),
     "opening_timeout_s": Row(_HTTP1 % 408, f"{_LISTENER}test_http1_that_is_refused_is_counted"),
-    "connections_max": Row(_HTTP1 % 503, "proxy/listening/test_http1.py::test_bounds"),
+    "connections_max": Row(
+        _HTTP1 % 503, "proxy/listening/test_http1.py::test_http1_connections_and_their_start_are_bounded"
+    ),
     "hub_connections_max": Row(_HTTP1 % 503, "proxy/listening/test_http1.py::test_own_pages_of_the_hub"),
 }
 

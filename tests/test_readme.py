@@ -1,7 +1,7 @@
 """The README's commands work as written and in their order; only ports are replaced by free ones.
 
 The commands run in the directory they are written for, the checkout. Unlike in a fresh clone, `make demo` finds the
-environment already made; `test_fresh_clone` uses a real clone.
+environment already made; `test_make_demo_works_on_a_fresh_clone` uses a real clone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ README = ROOT / "README.md"
 LINES_MAX = 150
 ENDLESS = ("watchmux serve", "etcdctl")
 SMALL = ("--watches=200", "--streams=40", "--seconds=0.5")
-"""Shortens the demo; `test_fresh_clone` runs it unchanged."""
+"""Shortens the demo; `test_make_demo_works_on_a_fresh_clone` runs it unchanged."""
 
 
 def commands() -> list[str]:
@@ -59,7 +59,7 @@ def test_short_enough_to_read() -> None:
     assert len(README.read_text().splitlines()) <= LINES_MAX
 
 
-def test_commands_work(etcd: EtcdServer) -> None:
+def test_the_commands_of_the_readme_work(etcd: EtcdServer) -> None:
     """`serve` keeps running for the commands after it; etcdctl sees through it what is put into etcd."""
     listen, metrics = (f"{HOST}:{free_port()}" for _ in range(2))
     ports = {"127.0.0.1:23790": listen, "127.0.0.1:2379": etcd.endpoint, "127.0.0.1:9379": metrics}
@@ -93,7 +93,7 @@ def test_commands_work(etcd: EtcdServer) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_fresh_clone(tmp_path: Path) -> None:
+def test_make_demo_works_on_a_fresh_clone(tmp_path: Path) -> None:
     """`make demo` is the first command on a fresh clone."""
     clone = tmp_path / "watchmux"
     subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)

@@ -31,7 +31,9 @@ def _rows() -> Iterator[ParameterSet]:
 
 
 @pytest.mark.parametrize(("server", "client", "part"), list(_rows()))
-def test_prints_the_same(server: EtcdBinary, client: EtcdBinary, part: str, tmp_path: Path) -> None:
+def test_etcdctl_prints_the_same_through_the_proxy(
+    server: EtcdBinary, client: EtcdBinary, part: str, tmp_path: Path
+) -> None:
     with (
         EtcdServer(server) as direct,
         EtcdServer(server) as behind,

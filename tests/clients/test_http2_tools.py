@@ -79,7 +79,7 @@ def test_curl_upgrades_over_tls_by_itself(stage: Stage) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("secure", [False, True])
-def test_nghttp(stage: Stage, secure: bool) -> None:
+def test_nghttp_finds_no_protocol_error(stage: Stage, secure: bool) -> None:
     url = (stage.secure if secure else stage.plain) + RANGE
     said = use("nghttp", "-v", "--no-verify-peer", "-H", ":method: POST", *options("-H"), "-d", stage.request, url)
     assert "grpc-status: 0" in said
@@ -90,7 +90,7 @@ def test_nghttp(stage: Stage, secure: bool) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("secure", [False, True])
 @pytest.mark.parametrize(("clients", "streams", "calls"), [(10, 100, 20_000), (1, 10_000, 20_000), (200, 1, 4_000)])
-def test_h2load(stage: Stage, secure: bool, clients: int, streams: int, calls: int) -> None:
+def test_all_calls_of_h2load_succeed(stage: Stage, secure: bool, clients: int, streams: int, calls: int) -> None:
     """Every call succeeds: many connections, many streams, both."""
     url = (stage.secure if secure else stage.plain) + RANGE
     shape = [f"-n{calls}", f"-c{clients}", f"-m{streams}"]

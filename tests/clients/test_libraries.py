@@ -27,7 +27,7 @@ def tour(library: Library, port: int) -> str:
     [CURRENT, *(pytest.param(older, marks=pytest.mark.long) for older in OLDER)],
     ids=lambda binary: binary.name,
 )
-def test_sees_the_same(library: Library, binary: EtcdBinary) -> None:
+def test_libraries_see_the_same_through_the_proxy(library: Library, binary: EtcdBinary) -> None:
     library.install()
     with EtcdServer(binary) as direct:
         expected = tour(library, direct.client_port)

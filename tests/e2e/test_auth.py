@@ -57,7 +57,7 @@ EMPTY = "rpc error: code = InvalidArgument desc = etcdserver: user name is empty
 
 @pytest.mark.parametrize("header", ["token", "authorization"])
 @pytest.mark.parametrize("binary", etcds(), ids=lambda binary: binary.name)
-async def test_refusals_are_etcds(binary: EtcdBinary, header: str) -> None:
+async def test_watches_are_refused_with_etcds_texts(binary: EtcdBinary, header: str) -> None:
     with EtcdServer(binary) as etcd:
         with_users(etcd)
         async with proxy_and_client(etcd) as (proxy, client):

@@ -119,7 +119,7 @@ async def test_health_follows_etcd(etcd: EtcdServer) -> None:
         await until_async(lambda: proxy.health.serving, "the proxy to serve again")
 
 
-async def test_drain(etcd: EtcdServer) -> None:
+async def test_a_drain_ends_all_streams_of_all_clients(etcd: EtcdServer) -> None:
     async with proxy_for(etcd) as proxy, direct(etcd) as store:
         clients = [await RawClient.connect(proxy.port) for _ in range(3)]
         streams = [client.watch() for client in clients for _ in range(5)]

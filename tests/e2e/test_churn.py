@@ -45,12 +45,12 @@ async def _churn(etcd: EtcdServer, seed: int, steps: int, kills: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_churn(etcd: EtcdServer, seed: int) -> None:
+def test_clients_that_come_and_go_miss_nothing(etcd: EtcdServer, seed: int) -> None:
     run(_churn(etcd, seed, 600, 1))
 
 
 @pytest.mark.long
 @pytest.mark.timeout(320)
 @pytest.mark.parametrize("seed", range(100, 104))
-def test_long_churn(etcd: EtcdServer, seed: int) -> None:
+def test_clients_that_come_and_go_for_long_miss_nothing(etcd: EtcdServer, seed: int) -> None:
     run(_churn(etcd, seed, 4000, 4), 300)

@@ -123,7 +123,7 @@ async def test_watches_see_the_namespace_alone(etcd: EtcdServer) -> None:
             assert [event.prev_kv.key for event in events] == [b"", b"a", b"a"]
 
 
-async def test_locks_and_elections(etcd: EtcdServer) -> None:
+async def test_locks_and_elections_work_in_a_namespace(etcd: EtcdServer) -> None:
     async with (
         proxy_for(etcd, namespace=NS) as proxy,
         direct(etcd) as store,

@@ -21,7 +21,7 @@ GONE_S = 3.0
 """How soon after its last client a watcher must be gone at etcd."""
 
 
-async def test_created_events_cancelled(etcd: EtcdServer) -> None:
+async def test_a_watch_gets_created_its_events_and_canceled(etcd: EtcdServer) -> None:
     async with proxy_for(etcd) as proxy, direct(etcd) as store, await RawClient.connect(proxy.port) as client:
         before = await store.put(b"a", b"0")
         stream = client.watch()

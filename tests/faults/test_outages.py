@@ -93,7 +93,7 @@ async def test_compacted_during_an_outage(etcd: EtcdServer) -> None:
         assert not any(response.canceled for stream in (ahead, again) for response in stream.responses)
 
 
-async def test_a_silent_outage(etcd: EtcdServer) -> None:
+async def test_a_silent_outage_is_detected_and_loses_nothing(etcd: EtcdServer) -> None:
     """The connection stays open but forwards nothing: a ping detects it, and no event is lost."""
     settings = UpstreamSettings(connection=ConnectionSettings(keepalive_s=0.3, keepalive_timeout_s=0.3))
     async with (

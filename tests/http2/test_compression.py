@@ -164,7 +164,7 @@ def test_invalid_blocks_give_the_same_result_as_in_hpack(seed: int) -> None:
         b"\x40\x0aabc",  # cut off
     ],
 )
-def test_broken_blocks(block: bytes) -> None:
+def test_broken_header_blocks_are_refused(block: bytes) -> None:
     """RFC 7541 2.3.3, 4.2, 5.1, 5.2, 6.3."""
     decoder = HeaderDecoder(65_536, 4_096, FIELDS_MAX)
     with pytest.raises(HPACKError):

@@ -48,7 +48,7 @@ def bytes_of(*pairs: tuple[int, int]) -> bytes:
 
 
 @pytest.mark.parametrize(("identifier", "value", "expected"), VALUES)
-def test_values(identifier: int, value: int, expected: str) -> None:
+def test_settings_out_of_range_fail_the_connection(identifier: int, value: int, expected: str) -> None:
     """http2 point 15 (RFC 9113 6.5.2, 5.5)."""
     connection, peer = server()
     assert peer.receive(bytes_of((identifier, value))) == [expected]
@@ -72,7 +72,7 @@ def test_a_server_must_not_enable_push() -> None:
         (raw(4, 1, 0, bytes(6)), "FRAME_SIZE_ERROR"),
     ],
 )
-def test_layout(frame: bytes, expected: str) -> None:
+def test_malformed_settings_frames_fail_the_connection(frame: bytes, expected: str) -> None:
     """6.5."""
     _, peer = server()
     assert peer.receive(frame) == [f"failed {expected}"]

@@ -39,7 +39,7 @@ MESSAGES = [
 TRAILING = [b"", b"\x00", b"\x00\x00\x00\x00", b"\x00\x00\x00\x00\x05", b"\x00\x00\x00\x00\x05half"]
 
 
-def test_frame() -> None:
+def test_a_frame_has_flag_and_length_before_the_message() -> None:
     assert frame(b"") == b"\x00\x00\x00\x00\x00"
     assert frame(b"abc") == b"\x00\x00\x00\x00\x03abc"
     assert frame(b"abc", compressed=True) == b"\x01\x00\x00\x00\x03abc"
@@ -48,7 +48,7 @@ def test_frame() -> None:
 
 @pytest.mark.parametrize("trailing", TRAILING)
 @pytest.mark.parametrize("messages", MESSAGES)
-def test_whole(messages: list[bytes], trailing: bytes) -> None:
+def test_messages_that_arrive_at_once_are_split(messages: list[bytes], trailing: bytes) -> None:
     unframer = MessageReader(MAX)
     assert unframer.feed(b"".join(map(frame, messages)) + trailing) == messages
     assert unframer.pending == bool(trailing)
@@ -56,7 +56,7 @@ def test_whole(messages: list[bytes], trailing: bytes) -> None:
 
 @pytest.mark.parametrize("trailing", TRAILING)
 @pytest.mark.parametrize("messages", MESSAGES)
-def test_byte_by_byte(messages: list[bytes], trailing: bytes) -> None:
+def test_messages_that_arrive_byte_by_byte_are_joined(messages: list[bytes], trailing: bytes) -> None:
     unframer = MessageReader(MAX)
     for message in messages:
         framed = frame(message)
@@ -135,7 +135,7 @@ def test_a_failed_stream_stays_failed() -> None:
 
 @pytest.mark.parametrize("decompress", [None, "gzip"])
 @pytest.mark.parametrize("flag", [2, 0x80, 0xFF])
-def test_unknown_flag(flag: int, decompress: str | None) -> None:
+def test_unknown_compression_flags_are_refused(flag: int, decompress: str | None) -> None:
     unframer = MessageReader(MAX, "gzip" if decompress else None)
     assert refusal(unframer, bytes((flag, 0, 0, 0, 0))).code is Status.INTERNAL
 
@@ -146,7 +146,7 @@ def test_compressed_without_an_encoding() -> None:
     assert "without grpc-encoding" in error.text
 
 
-def test_gzip() -> None:
+def test_compressed_messages_are_inflated() -> None:
     messages = [b"plain", b"compressed" * 50, b"", b"z" * MAX]
     data = frame(messages[0]) + b"".join(frame(gzip.compress(message), compressed=True) for message in messages[1:])
     assert MessageReader(MAX, "gzip").feed(data) == messages
@@ -177,7 +177,7 @@ def test_inflated_size_is_bounded(size: int) -> None:
         pytest.param(gzip.compress(b"abc") * 2, id="two members"),
     ],
 )
-def test_broken_gzip(packed: bytes) -> None:
+def test_broken_gzip_is_refused(packed: bytes) -> None:
     assert refusal(MessageReader(MAX, "gzip"), frame(packed, compressed=True)).code is Status.INTERNAL
 
 
@@ -209,7 +209,7 @@ def test_status_numbers_are_grpcs() -> None:
         (math.inf, b"99999999H"),
     ],
 )
-def test_encode_timeout(seconds: float, value: bytes) -> None:
+def test_timeouts_are_encoded_in_the_unit_that_fits(seconds: float, value: bytes) -> None:
     assert encode_timeout(seconds) == value
 
 
@@ -232,7 +232,7 @@ def test_encode_timeout_refuses_nan() -> None:
         (b"99999999H", 99_999_999 * 3600),
     ],
 )
-def test_decode_timeout(value: bytes, seconds: float) -> None:
+def test_timeouts_are_decoded_in_all_units(value: bytes, seconds: float) -> None:
     assert decode_timeout(value) == seconds
 
 
@@ -256,7 +256,7 @@ def test_decode_timeout(value: bytes, seconds: float) -> None:
         pytest.param(b"9" * 5000 + b"S", id="5000 digits"),
     ],
 )
-def test_malformed_timeout(value: bytes) -> None:
+def test_malformed_timeouts_are_refused_in_a_short_text(value: bytes) -> None:
     with pytest.raises(FramingError, match="malformed grpc-timeout") as raised:
         decode_timeout(value)
     assert raised.value.code is Status.INTERNAL
@@ -283,7 +283,7 @@ def test_timeouts_are_never_shortened(seconds: float) -> None:
         ("\ud800", b"?"),
     ],
 )
-def test_encode_message(text: str, value: bytes) -> None:
+def test_status_texts_are_percent_encoded(text: str, value: bytes) -> None:
     assert encode_message(text) == value
 
 
@@ -301,7 +301,7 @@ def test_encode_message(text: str, value: bytes) -> None:
         (b"%00", "\x00"),
     ],
 )
-def test_decode_message(value: bytes, text: str) -> None:
+def test_status_texts_are_percent_decoded(value: bytes, text: str) -> None:
     assert decode_message(value) == text
 
 
@@ -328,7 +328,7 @@ def test_grpc_message_round_trip(text: str) -> None:
         (599, Status.UNKNOWN),
     ],
 )
-def test_http_status(status: int, code: Status) -> None:
+def test_http_statuses_become_the_grpc_codes_of_the_spec(status: int, code: Status) -> None:
     assert http_status_to_grpc(status) is code
 
 

@@ -128,12 +128,12 @@ def test_watch_messages_have_etcds_fields(message: type[Message]) -> None:
     assert fields == FIELDS[message]
 
 
-def test_enums_of_watches() -> None:
+def test_enums_of_watches_have_etcds_numbers() -> None:
     assert dict(kv_pb2.Event.EventType.items()) == {"PUT": 0, "DELETE": 1}
     assert dict(rpc_pb2.WatchCreateRequest.FilterType.items()) == {"NOPUT": 0, "NODELETE": 1}
 
 
-def test_packages_are_etcds() -> None:
+def test_protobuf_packages_have_etcds_names() -> None:
     packages = {
         kv_pb2: "mvccpb",
         auth_pb2: "authpb",

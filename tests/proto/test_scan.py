@@ -45,7 +45,7 @@ def scan_event(content: bytes) -> tuple[int, int, bytes, bytes]:
     return read.kind, read.revision, read.encoded, read.bare
 
 
-def test_response_with_events() -> None:
+def test_events_of_a_response_are_found_as_encoded() -> None:
     put, delete = event(string(2, KV)), event(number(1, DELETE) + string(2, string(1, b"b") + number(3, 301)))
     response = scan_watch_response(HEADER.encoded + number(2, 7) + put + delete)
     assert response.watch_id == 7
@@ -58,7 +58,7 @@ def test_response_with_events() -> None:
     assert (header.revision, header.raft_term) == (300, 5)
 
 
-def test_control_response() -> None:
+def test_all_fields_of_a_control_response_are_read() -> None:
     data = HEADER.encoded + number(2, -1) + number(3, 1) + number(4, 1) + number(5, 99) + string(6, b"no: \xc3\xa9")
     response = scan_watch_response(data + number(7, 1))
     assert response.watch_id == -1
@@ -67,7 +67,7 @@ def test_control_response() -> None:
     assert response.events == []
 
 
-def test_empty_response() -> None:
+def test_an_empty_response_has_the_default_values() -> None:
     response = scan_watch_response(b"")
     assert (response.watch_id, response.events) == (0, [])
     assert (response.header.encoded, response.header.revision) == (b"", 0)
@@ -129,7 +129,7 @@ def test_odd_responses_read_the_same(data: bytes) -> None:
         pytest.param(number(3, 1) + string(2, number(3, 5)), PUT, 5, id="prev_kv mistyped"),
     ],
 )
-def test_event(content: bytes, kind: int, revision: int) -> None:
+def test_kind_and_revision_of_an_event_are_found(content: bytes, kind: int, revision: int) -> None:
     encoded = event(content)
     assert scan_event(content) == (kind, revision, encoded, encoded)
 
@@ -201,7 +201,7 @@ def test_bare_of_an_event_with_an_overlong_tag() -> None:
         pytest.param(fixed32(90, b"123"), CUT, id="fixed32 cut"),
     ],
 )
-def test_refused(data: bytes, what: str) -> None:
+def test_malformed_responses_are_refused_with_the_reason(data: bytes, what: str) -> None:
     with pytest.raises(ScanError, match=what):
         scan_watch_response(data)
 
@@ -233,7 +233,7 @@ def test_every_truncation_is_refused_or_shorter() -> None:
         pytest.param(fixed64(1, b"\x80" * 8) + number(3, 3), (0, 0, 3, 0), id="cluster_id mistyped"),
     ],
 )
-def test_header(fields: bytes, numbers: tuple[int, int, int, int]) -> None:
+def test_header_fields_are_read_after_any_other_header(fields: bytes, numbers: tuple[int, int, int, int]) -> None:
     # Earlier headers must not matter: the ids of the last one are cached.
     for _ in range(2):
         header = scan_watch_response(string(1, fields)).header
@@ -280,13 +280,13 @@ def test_odd_header_at_another_revision(encoded: bytes) -> None:
 
 
 @pytest.mark.parametrize("watch_id", [0, 1, 127, 128, 700, 1 << 40, (1 << 63) - 1, -1, -(1 << 63)])
-def test_encode_watch_id(watch_id: int) -> None:
+def test_an_encoded_watch_id_is_what_protobuf_writes(watch_id: int) -> None:
     encoded = encode_watch_id(watch_id)
     assert encoded == rpc_pb2.WatchResponse(watch_id=watch_id).SerializeToString()
     assert scan_watch_response(encoded).watch_id == watch_id
 
 
-def test_encode_response() -> None:
+def test_an_encoded_response_is_what_protobuf_writes() -> None:
     reason = "etcdserver: permission denied"
     encoded = encode_response(
         HEADER, -1, created=True, canceled=True, compact_revision=7, cancel_reason=reason, fragment=True
@@ -309,7 +309,7 @@ def test_encode_response_of_events() -> None:
     assert [event.kv.mod_revision for event in response.events] == [300, 301]
 
 
-def test_encode_create() -> None:
+def test_an_encoded_create_is_what_protobuf_writes() -> None:
     create = rpc_pb2.WatchCreateRequest(
         key=b"a",
         range_end=b"b",
@@ -339,7 +339,7 @@ def test_encode_create_omits_defaults() -> None:
 
 
 @pytest.mark.parametrize(("no_put", "no_delete"), [(False, False), (True, False), (False, True), (True, True)])
-def test_encode_create_filters(no_put: bool, no_delete: bool) -> None:
+def test_an_encoded_create_has_its_filters(no_put: bool, no_delete: bool) -> None:
     request = rpc_pb2.WatchRequest.FromString(encode_create(b"a", no_put=no_put, no_delete=no_delete))
     filters = request.create_request.filters
     assert (rpc_pb2.WatchCreateRequest.NOPUT in filters) == no_put

@@ -271,7 +271,7 @@ def test_leaks_are_those_of_each_process_that_lived() -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(400)
-def test_a_short_soak(tmp_path: Path) -> None:
+def test_a_short_soak_finds_no_violation_and_no_leak(tmp_path: Path) -> None:
     outcome = run(soak(1.0, 3, tmp_path / "made"), 380)
     print(report.write(outcome, tmp_path / "out"))  # noqa: T201 - shown when it fails
     assert outcome.violations == []

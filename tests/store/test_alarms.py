@@ -57,7 +57,7 @@ def answers_of(endpoint: str) -> list[Answer]:
     return answers
 
 
-def test_answers_match_etcd() -> None:
+def test_alarms_are_answered_as_by_etcd() -> None:
     with EtcdServer(current()) as etcd, RunningStore() as store:
         assert answers_of(store.endpoint) == answers_of(etcd.endpoint)
 

@@ -90,7 +90,7 @@ def test_a_short_ttl_is_raised_and_a_missing_id_generated() -> None:
         (2, 9_000_000_001, errors.LEASE_TTL_TOO_LARGE),
     ],
 )
-def test_refused_grants(lease_id: int, ttl_s: int, refusal: errors.StoreRefusal) -> None:
+def test_grants_that_etcd_refuses_are_refused(lease_id: int, ttl_s: int, refusal: errors.StoreRefusal) -> None:
     lessor = Lessor()
     lessor.grant(1, 10, 0.0)
     with pytest.raises(StoreError) as error:

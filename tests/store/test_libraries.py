@@ -18,7 +18,7 @@ GRPC = [library for library in LIBRARIES if not library.needs_gateway]
 
 
 @pytest.mark.parametrize("library", GRPC, ids=lambda library: library.name)
-def test_results_match_etcd(library: Library) -> None:
+def test_libraries_get_from_the_store_what_etcd_gives(library: Library) -> None:
     library.install()
     with EtcdServer(current()) as etcd:
         expected = tour(library, etcd.client_port)

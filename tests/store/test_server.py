@@ -186,7 +186,7 @@ def test_the_hash_covers_only_what_a_compaction_keeps(running: RunningStore, cli
     assert hashed(revision) == decided
 
 
-def test_health_and_reflection(client: Client) -> None:
+def test_health_and_reflection_are_served(client: Client) -> None:
     health = health_pb2_grpc.HealthStub(client.channel)
     for service in ("", "etcdserverpb.KV", "etcdserverpb.Watch"):
         assert health.Check(health_pb2.HealthCheckRequest(service=service), timeout=5).status == 1
@@ -194,7 +194,7 @@ def test_health_and_reflection(client: Client) -> None:
     assert {"etcdserverpb.KV", "etcdserverpb.Watch", "v3lockpb.Lock", "grpc.health.v1.Health"} <= set(services)
 
 
-def test_http_endpoints(running: RunningStore) -> None:
+def test_health_version_and_metrics_are_served(running: RunningStore) -> None:
     def read(path: str) -> dict[str, str]:
         with urllib.request.urlopen(running.metrics_url + path, timeout=5) as answer:
             parsed: dict[str, str] = json.load(answer)
@@ -229,11 +229,11 @@ def test_two_stores_do_not_share_a_port(running: RunningStore) -> None:
 @pytest.mark.parametrize(
     ("text", "address"), [("127.0.0.1:0", ("127.0.0.1", 0)), ("[::1]:2379", ("::1", 2379)), ("h:65535", ("h", 65535))]
 )
-def test_addresses(text: str, address: tuple[str, int]) -> None:
+def test_listen_addresses_are_read(text: str, address: tuple[str, int]) -> None:
     assert parse_address(text, "--listen-addr") == address
 
 
 @pytest.mark.parametrize("text", ["", "2379", ":2379", "127.0.0.1", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:65536"])
-def test_bad_addresses(text: str) -> None:
+def test_bad_listen_addresses_name_the_right_form(text: str) -> None:
     with pytest.raises(StoreListenError, match="write HOST:PORT"):
         parse_address(text, "--listen-addr")

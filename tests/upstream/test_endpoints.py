@@ -25,7 +25,9 @@ from upstream.errors import BadEndpoint
         ("unix://localhost:m0", ("localhost", 0, "localhost:m0", None), b"localhost"),
     ],
 )
-def test_good_endpoints(text: str, expected: tuple[str, int, str, bool | None], authority: bytes | None) -> None:
+def test_each_form_of_an_endpoint_is_read(
+    text: str, expected: tuple[str, int, str, bool | None], authority: bytes | None
+) -> None:
     endpoint = parse_endpoint(text)
     assert (endpoint.host, endpoint.port, endpoint.path, endpoint.secure) == expected
     assert endpoint.text == text
@@ -73,7 +75,7 @@ def test_bad_endpoints_are_refused_with_an_explanation(text: str, complaint: str
     assert refusal.value.to_do
 
 
-def test_lists() -> None:
+def test_lists_of_endpoints_keep_their_order_without_repeats() -> None:
     assert [endpoint.text for endpoint in parse_endpoints(" a:1, http://b:2,a:1 ")] == ["a:1", "http://b:2"]
     assert [endpoint.port for endpoint in parse_endpoints(["a:2", "b:1"])] == [2, 1]
     nothings: list[str | list[str]] = ["", " , ", []]

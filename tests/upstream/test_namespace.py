@@ -30,7 +30,9 @@ TRANSLATIONS = rules(NS).translations
         (b"\xff", (b"a", b"\0"), (b"\xffa", b"\0")),
     ],
 )
-def test_ranges(prefix: bytes, interval: tuple[bytes, bytes], expected: tuple[bytes, bytes]) -> None:
+def test_ranges_get_the_prefix_at_both_ends(
+    prefix: bytes, interval: tuple[bytes, bytes], expected: tuple[bytes, bytes]
+) -> None:
     assert Namespace(prefix).interval(*interval) == expected
 
 
@@ -104,7 +106,9 @@ REQUESTS = [
 
 
 @pytest.mark.parametrize(("path", "request_", "expected"), REQUESTS)
-def test_requests(path: str, request_: Message, expected: Message | tuple[bytes, bytes] | None) -> None:
+def test_keys_in_requests_get_the_prefix(
+    path: str, request_: Message, expected: Message | tuple[bytes, bytes] | None
+) -> None:
     translation = TRANSLATIONS[f"/{path}".encode()]
     assert type(request_) is translation.request
     got = translation.request.FromString(translation.to_etcd(request_.SerializeToString()))
@@ -138,7 +142,7 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize(("path", "answer"), ANSWERS)
-def test_answers(path: str, answer: object) -> None:
+def test_keys_in_answers_lose_the_prefix(path: str, answer: object) -> None:
     assert callable(answer)
     translation = TRANSLATIONS[f"/{path}".encode()]
     theirs, ours = answer(b"/ns/"), answer(b"")

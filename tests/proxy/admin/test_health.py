@@ -98,7 +98,7 @@ async def test_watches_end_at_a_drain() -> None:
         assert (await call.end())[0] == Status.UNAVAILABLE
 
 
-async def test_list() -> None:
+async def test_all_services_are_listed_as_serving() -> None:
     async with health_and_client() as (_, client):
         call = await client.unary(LIST.decode(), b"")
         statuses = health_pb2.HealthListResponse.FromString(call.messages[0]).statuses
@@ -114,7 +114,7 @@ async def test_list() -> None:
         (b"\2\0\0\0\0", Status.INTERNAL),
     ],
 )
-async def test_bad_requests(raw: bytes, status: Status) -> None:
+async def test_bad_health_requests_end_with_a_status(raw: bytes, status: Status) -> None:
     async with health_and_client() as (_, client):
         call = client.call(CHECK.decode())
         call.send_raw(raw, end=True)

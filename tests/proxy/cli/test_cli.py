@@ -63,7 +63,7 @@ def test_serve_help_states_the_precedence(capsys: pytest.CaptureFixture[str]) ->
     assert "WATCHMUX_LISTEN_ADDR" in text
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_shows_the_commit_and_python(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
     git = ["git", "-C", str(Path(__file__).parents[3]), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout

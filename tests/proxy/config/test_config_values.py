@@ -196,7 +196,7 @@ def test_files_must_be_readable(tmp_path: Path) -> None:
         ("https://[fe80::1]:65535", "https://[fe80::1]:65535"),
     ],
 )
-def test_urls_for_clients(text: str, url: str) -> None:
+def test_urls_for_clients_get_scheme_and_port(text: str, url: str) -> None:
     assert client_url(text) == url
     assert client_url(text, secure=True) == (url if "://" in text else url.replace("http:", "https:"))
 

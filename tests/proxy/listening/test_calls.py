@@ -78,10 +78,10 @@ def test_refusal_text_truncates_the_clients_bytes() -> None:
         (b"application/json", False),
     ],
 )
-def test_is_grpc(content_type: bytes, expected: bool) -> None:
+def test_content_types_of_grpc_are_recognised(content_type: bytes, expected: bool) -> None:
     assert is_grpc(content_type) is expected
 
 
-def test_status_trailers() -> None:
+def test_status_trailers_have_an_encoded_text() -> None:
     assert status_trailers(Status.OK, "") == [(b"grpc-status", b"0")]
     assert status_trailers(14, "50 % off") == [(b"grpc-status", b"14"), (b"grpc-message", b"50 %25 off")]

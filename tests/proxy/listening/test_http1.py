@@ -94,7 +94,7 @@ def test_dead_endpoint_is_not_used() -> None:
         run_scenario(scenario())
 
 
-async def test_bounds(etcd: EtcdServer) -> None:
+async def test_http1_connections_and_their_start_are_bounded(etcd: EtcdServer) -> None:
     """A connection above the limit gets 503, and one without a complete method 408."""
     async with passing(etcd.endpoint) as running:
         running.http1.settings = Http1Settings(connections_max=1)

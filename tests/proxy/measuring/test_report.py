@@ -51,7 +51,7 @@ def test_numbers_have_their_units(value: float | None, unit: Unit, shown: str) -
 
 
 @pytest.mark.parametrize(("factor", "shown"), [(None, ""), (1.04, "1.0x"), (99.94, "99.9x"), (1234.5, "1,234x")])
-def test_factors(factor: float | None, shown: str) -> None:
+def test_factors_of_100_and_more_have_no_decimals(factor: float | None, shown: str) -> None:
     assert show_factor(factor) == shown
 
 

@@ -337,7 +337,7 @@ async def test_etcd_decides_on_sizes_and_methods(etcd: EtcdServer) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 3, 1000])
-def test_message_boundary(step: int) -> None:
+def test_the_end_of_each_message_is_known(step: int) -> None:
     stream = b"".join(b"\0" + size.to_bytes(4, "big") + bytes(size) for size in (0, 1, 7, 300))
     ends = {5, 11, 23, len(stream)}
     boundary = MessageBoundary()

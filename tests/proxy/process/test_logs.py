@@ -54,7 +54,7 @@ def test_no_color_is_respected(no_color: str, coloured: bool, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(("level", "expected"), [("debug", 4), ("info", 3), ("warn", 2), ("error", 1)])
-def test_levels(level: str, expected: int) -> None:
+def test_only_messages_of_the_level_are_logged(level: str, expected: int) -> None:
     stream = lines_of(level, "json")
     log = logs.logger("x")
     log.debug("1")

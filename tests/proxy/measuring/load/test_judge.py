@@ -163,7 +163,7 @@ def test_values_contain_the_time_of_their_write() -> None:
     assert read_stamp(b"something else that is longer") == 0
 
 
-def test_percentiles() -> None:
+def test_percentiles_are_values_that_were_measured() -> None:
     assert percentile_ms([], 50) == 0
     assert percentile_ms([3_000_000], 99) == 3.0
     assert percentile_ms([number * 1_000_000 for number in range(1, 101)], 50) == 51.0
