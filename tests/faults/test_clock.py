@@ -25,7 +25,9 @@ PACKAGES = ("proto", "coalesce", "upstream", "proxy")
 WALL = {"time", "time_ns", "localtime", "gmtime", "ctime", "asctime", "strftime", "clock_gettime", "clock_gettime_ns"}
 SHOWN = {
     "proxy/admin/monitor.py": "when the status page was made, and the points of its charts",
+    "proxy/listening/handshake.py": "whether the log names an expired certificate as the cause",
     "proxy/measuring/report.py": "when the report was made",
+    "proxy/measuring/status.py": "how long a certificate is still valid",
     "upstream/store/server.py": "what a durable store adds to its raft index at each start: any large number does",
 }
 """The modules that may read it, and why: to display it, or as an arbitrary number."""
