@@ -11,6 +11,7 @@ import ast
 import re
 from collections import deque
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import coalesce
@@ -27,6 +28,7 @@ CALLBACKS = {("replay", "_release")}
 CONTAINERS = {name for kind in (dict, deque, bytes) for name in dir(kind)}
 
 
+@cache
 def tree_of(name: str) -> ast.Module:
     return ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
 
@@ -82,9 +84,9 @@ def test_methods_are_not_passed_down() -> None:
     found = set()
     for name in ORDER:
         tree = tree_of(name)
-        calls = set(map(id, called(tree)))
+        calls, own = set(map(id, called(tree))), methods(tree)
         used = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and id(node) not in calls]
-        found |= {(name, node.attr) for node in used if is_own(node) and node.attr in methods(tree)}
+        found |= {(name, node.attr) for node in used if is_own(node) and node.attr in own}
     assert found == CALLBACKS
 
 
