@@ -252,9 +252,9 @@ class Worker(World):
         self.calls.connected()
 
     def _in_flight(self, revision: int, *, paused: bool) -> bool:
-        """Whether the hub has sent events above `revision` that the worker has not read; `paused`: also on those."""
+        """Whether the hub has sent a revision above this one that the worker has not read; `paused`: also on those."""
         return any(
-            response.events and response.events[-1].revision > revision
+            response.header.revision > revision
             for stream, link in self.upstream._links.items()
             if paused or not stream.paused
             for response in link.out
