@@ -177,14 +177,24 @@ class Hub(World):
         # It has registered watches at the restored store before its log showed that it was restored: that may be once
         # its revision has passed the known one. Then these watches are cancelled too, although they missed nothing.
         self.noticed_late = False
+        self._registered = False
         self._start()
+
+    def was_restored(self, revision: int, old_revision: int, rng: random.Random) -> None:
+        """Note the restore: no watch is registered at the restored store yet."""
+        self._registered = False
+        super().was_restored(revision, old_revision, rng)
+
+    def _resumed(self, ordered_progress: bool) -> None:
+        self._registered = True
+        super()._resumed(ordered_progress)
 
     def lost_upstream(self) -> None:
         """As `AuthReader.broken`: the worker relies on it that the hub reads again before it admits a watch."""
         self.calls.queries.broken()
 
     def _other_history(self, header: Header) -> None:
-        self.noticed_late = self.upstream.endpoint is not None
+        self.noticed_late = self._registered
         super()._other_history(header)
 
 
