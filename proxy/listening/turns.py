@@ -92,10 +92,10 @@ class TurnBudget:
 
 
 def in_parts(
-    items: Iterable[T], do: Callable[[T], None], then: Callable[[], None] | None = None, part: int = PART
+    items: Iterable[T], do: Callable[[T], None], then: Callable[[], None] | None = None, part: int = 0
 ) -> None:
-    """Call `do` for each item, `part` of them now and as many in each following turn of the loop; then call `then`."""
-    _next_part(deque(items), do, then, part)
+    """Call `do` for each item, `part` (0: PART) of them now and as many in each following turn; then call `then`."""
+    _next_part(deque(items), do, then, part or PART)
 
 
 def _next_part(left: deque[T], do: Callable[[T], None], then: Callable[[], None] | None, part: int) -> None:
