@@ -7,7 +7,8 @@ from typing import Final
 
 ANSWER_DUE_S: Final = 0.1
 """A working etcd sends something within this time after a call: grpc-go answers the first DATA after a silence with a
-PING of its own (internal/transport/bdp_estimator.go), regardless of when it answers the call."""
+PING of its own (internal/transport/bdp_estimator.go), regardless of when it answers the call. It does not while an
+earlier one is not acknowledged: see `ClientConnection.owes_answer`."""
 
 TRY_AGAIN_S: Final = 1.0
 """After this time one call is sent to a server that hung, as a test."""

@@ -282,7 +282,9 @@ class ClientConnection(asyncio.Protocol):
     def _acknowledge_late(self) -> None:
         self._late_ack = None
         self.http2.acknowledge_late(self._loop.time())
-        self._flush()
+        # etcd sends no PING for a call that comes meanwhile; the next call shows whether it hangs.
+        self.answer_due.since = None
+        self._schedule_flush()
 
     def pause_writing(self) -> None:
         """Stop sending: the kernel's buffer is full."""
@@ -323,6 +325,16 @@ class ClientConnection(asyncio.Protocol):
     def room(self) -> int:
         """How many more calls can be started now: 0 or less when the server's limit of streams is reached."""
         return self.http2.peer_max_streams - len(self.http2.streams) if self.healthy else 0
+
+    def owes_answer(self, now: float) -> bool:
+        """Whether the server may hang, see `answer_due`; not while it waits for the acknowledgement of its PING."""
+        if not self.answer_due.is_overdue(now):
+            return False
+        if self._late_ack is None:
+            return True
+        self._late_ack.cancel()
+        self._acknowledge_late()
+        return False
 
     def request(self, headers: Headers, handler: CallHandler, end_stream: bool = False) -> UpstreamCall:
         """Start a call; `headers` are complete, with the pseudo-headers first (`heads.request_headers` makes them).

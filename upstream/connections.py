@@ -126,7 +126,7 @@ class Connections:
 
     def owes_answer(self, now: float) -> bool:
         """Whether the server may hang; see `answer_due`."""
-        return any(connection.answer_due.is_overdue(now) for connection in self._open)
+        return any(connection.owes_answer(now) for connection in self._open)
 
     def pick(self, own: bool = False) -> ClientConnection | None:
         """Return a connection with a place for a call; None when there is none now: `on_change` is called when it is

@@ -14,8 +14,11 @@ from upstream.connecting import connect
 from upstream.connection import ClientConnection
 from upstream.endpoints import parse_endpoint
 from upstream.settings import ConnectionSettings
+from upstream.unary import start_unary
 
 KEEP_ALIVE = bytes(8)
+ANSWER_DUE_S = 60.0
+"""As in conftest.py."""
 
 
 def answer(server: ScriptedConnection, payload: bytes) -> None:
@@ -52,3 +55,27 @@ async def test_bandwidth_pings_of_etcd_are_acknowledged_late(monkeypatch: pytest
         timer = await held(connection)
         connection.close()
         assert timer.cancelled()
+
+
+async def test_etcd_that_waits_for_an_acknowledgement_is_not_hung(monkeypatch: pytest.MonkeyPatch) -> None:
+    # It sends no PING for a call that it answers slowly; the time is an argument.
+    monkeypatch.setattr("proto.http2.connection.LATE_ACK_GAP_S", 3600.0)
+    monkeypatch.setattr(upstream.connection, "LATE_ACK_S_MAX", 3600.0)
+    async with scripted() as etcd:
+        etcd.on_message = lambda _, __: None
+        connection = await connect(parse_endpoint(etcd.endpoint), None, ConnectionSettings())
+        server = etcd.connections[0]
+        answer(server, BANDWIDTH_PING)
+        await until_async(lambda: len(server.acknowledged) == 1, "the first acknowledgement")
+        answer(server, BANDWIDTH_PING)
+        await held(connection)
+        slow = [start_unary(connection, "/test/Slow", b"x", (), 3600.0, 1, lambda _: None)]
+        late = asyncio.get_running_loop().time() + ANSWER_DUE_S
+        assert connection.answer_due.is_overdue(late)
+        assert not connection.owes_answer(late)
+        await until_async(lambda: len(server.acknowledged) == 2, "the acknowledgement for which it waits")
+        slow.append(start_unary(connection, "/test/Slow", b"x", (), 3600.0, 1, lambda _: None))
+        assert connection.owes_answer(late + ANSWER_DUE_S)
+        for call in slow:
+            call.give_up()
+        connection.close()
