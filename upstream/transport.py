@@ -128,3 +128,8 @@ async def open_transport(
     except BaseException:
         connected.close()
         raise
+    finally:
+        if getattr(connected, "_io_refs", 0):
+            # uvloop's transport owns the descriptor now. If it was closed before `create` returned, its number is still
+            # in `connected`, which would close it again: another connection may have that number by then.
+            connected.detach()

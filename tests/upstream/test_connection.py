@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -24,6 +25,7 @@ from upstream.errors import CallFailed, Unreachable, explain_connect
 from upstream.heads import request_headers
 from upstream.settings import ConnectionSettings
 from upstream.tls import client_context, server_context
+from upstream.transport import ServerAddress, connected_to, open_transport
 from upstream.unary import NotProcessed, call_unary
 
 ECHO = "/test/Echo"
@@ -227,6 +229,27 @@ def test_uvloop_is_the_same(certificates: Certificates) -> None:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(story())
+
+
+def test_a_transport_closed_at_once_releases_its_socket() -> None:
+    """Under uvloop the socket would close its descriptor's number once more, which another connection may have."""
+    import uvloop
+
+    class Closing(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            cast("asyncio.Transport", transport).abort()
+
+    async def story() -> int:
+        async with scripted() as etcd:
+            connected = await connected_to(ServerAddress(socket.AF_INET, ("127.0.0.1", etcd.port)))
+            await until_async(lambda: etcd.connections, "the connection to be accepted")
+            await open_transport(Closing, connected, None, "")
+            await until_async(lambda: not etcd.connections, "the connection to end")
+            return connected.detach()
+
+    for loop in (asyncio.new_event_loop, uvloop.new_event_loop):
+        with asyncio.Runner(loop_factory=loop) as runner:
+            assert runner.run(story()) == -1, loop
 
 
 def test_a_ping_that_is_answered_at_once_is_answered() -> None:
