@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+import upstream.answer_due
 import upstream.connection
 from proto.http2.frames import BANDWIDTH_PING, ping, window_update
 from tests.upstream.scripted import ScriptedConnection, scripted
@@ -17,8 +18,13 @@ from upstream.settings import ConnectionSettings
 from upstream.unary import start_unary
 
 KEEP_ALIVE = bytes(8)
-ANSWER_DUE_S = 60.0
-"""As in conftest.py."""
+
+
+@pytest.fixture(autouse=True)
+def _no_time_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even on a busy machine: the tests let the timer fire."""
+    monkeypatch.setattr("proto.http2.connection.LATE_ACK_GAP_S", 3600.0)
+    monkeypatch.setattr(upstream.connection, "LATE_ACK_S_MAX", 3600.0)
 
 
 def answer(server: ScriptedConnection, payload: bytes) -> None:
@@ -34,10 +40,7 @@ async def held(connection: ClientConnection) -> asyncio.TimerHandle:
     return connection._late_ack
 
 
-async def test_bandwidth_pings_of_etcd_are_acknowledged_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    # No time runs out on a busy machine: the test lets the timer fire.
-    monkeypatch.setattr("proto.http2.connection.LATE_ACK_GAP_S", 3600.0)
-    monkeypatch.setattr(upstream.connection, "LATE_ACK_S_MAX", 3600.0)
+async def test_bandwidth_pings_of_etcd_are_acknowledged_late() -> None:
     async with scripted() as etcd:
         connection = await connect(parse_endpoint(etcd.endpoint), None, ConnectionSettings())
         server = etcd.connections[0]
@@ -57,10 +60,9 @@ async def test_bandwidth_pings_of_etcd_are_acknowledged_late(monkeypatch: pytest
         assert timer.cancelled()
 
 
-async def test_etcd_that_waits_for_an_acknowledgement_is_not_hung(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_etcd_that_waits_for_an_acknowledgement_is_not_hung() -> None:
     # It sends no PING for a call that it answers slowly; the time is an argument.
-    monkeypatch.setattr("proto.http2.connection.LATE_ACK_GAP_S", 3600.0)
-    monkeypatch.setattr(upstream.connection, "LATE_ACK_S_MAX", 3600.0)
+    due_s = upstream.answer_due.ANSWER_DUE_S
     async with scripted() as etcd:
         etcd.on_message = lambda _, __: None
         connection = await connect(parse_endpoint(etcd.endpoint), None, ConnectionSettings())
@@ -70,12 +72,12 @@ async def test_etcd_that_waits_for_an_acknowledgement_is_not_hung(monkeypatch: p
         answer(server, BANDWIDTH_PING)
         await held(connection)
         slow = [start_unary(connection, "/test/Slow", b"x", (), 3600.0, 1, lambda _: None)]
-        late = asyncio.get_running_loop().time() + ANSWER_DUE_S
+        late = asyncio.get_running_loop().time() + due_s
         assert connection.answer_due.is_overdue(late)
         assert not connection.owes_answer(late)
         await until_async(lambda: len(server.acknowledged) == 2, "the acknowledgement for which it waits")
         slow.append(start_unary(connection, "/test/Slow", b"x", (), 3600.0, 1, lambda _: None))
-        assert connection.owes_answer(late + ANSWER_DUE_S)
+        assert connection.owes_answer(late + due_s)
         for call in slow:
             call.give_up()
         connection.close()

@@ -241,7 +241,7 @@ class Failover:
 
     def _leader_lost(self) -> None:
         server = self._places.server
-        assert server is not None, "there is no such call without"
+        assert server is not None, "only a server in use has this call"
         server.target.leaderless = True
         self._give_up(server, etcd_errors.NO_LEADER)
 

@@ -28,8 +28,8 @@ class OwnUserLogin:
         timeout_s: float,
         log: Logger,
     ) -> None:
-        """`credentials`: None = there is no such user. `apply` carries out effects of `state`; `pick` returns a
-        connection for a call to a server.
+        """`credentials`: None if the proxy has no user of its own. `apply` carries out effects of `state`; `pick`
+        returns a connection for a call to a server.
         """
         self._credentials = credentials
         self._state = state

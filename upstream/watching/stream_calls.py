@@ -82,7 +82,7 @@ class StreamCalls:
         self.apply([watch_effects.CloseStream(stream) for stream in streams])
 
     def leave(self) -> None:
-        """End all calls: the server is no longer in use."""
+        """End all calls and close the connections: the server is left."""
         self.own_user.leave()
         self._state.disconnect()
         self.places.leave()

@@ -111,6 +111,13 @@ class Many:
                 for watch in effect.watches:
                     self.core.undelivered(watch, effect.payload)
 
+    def get_events(self, count: int) -> None:
+        """Let the first upstream watch bring events, each of a revision of its own."""
+        for revision in range(START + 1, START + 1 + count):
+            self.core.upstream_response(
+                self.opened[0], WatchResponse(header(revision), 0, events=[put(revision)]), self.now
+            )
+
     def go_on(self, steps: Callable[..., Any] | None = None) -> None:
         """Call `expire` as long as it is due at once; `steps` measures each."""
         while (deadline := self.core.next_deadline()) is not None and deadline <= self.now:
@@ -279,35 +286,19 @@ def history_grows_old() -> Steps:
     many.core.limits = replace(
         NO_LIMITS, history_revisions_max=EVENTS, history_bytes_max=NO_LIMITS.history_bytes_total_max
     )
-    for revision in range(START + 1, START + EVENTS):
-        many.core.upstream_response(
-            many.opened[0], WatchResponse(header(revision), 0, events=[put(revision)]), many.now
-        )
+    many.get_events(EVENTS - 1)
     many.now += NO_LIMITS.history_age_s * 1.07
-    steps = Steps()
-    gc.collect()
-    gc.disable()
-    many.go_on(steps)
-    gc.enable()
-    return steps
+    return many.measure(many.core.expire)
 
 
 def range_ends() -> Steps:
     """A range with 20,000 kept events ends, since its upstream watch is lost and is not used."""
     many = Many(1)
-    for revision in range(START + 1, START + NO_LIMITS.history_revisions_max):
-        many.core.upstream_response(
-            many.opened[0], WatchResponse(header(revision), 0, events=[put(revision)]), many.now
-        )
+    many.get_events(NO_LIMITS.history_revisions_max - 1)
     many.carry_out(many.core.close(many.sessions[0], many.now))
     many.go_on()
     many.now += NO_LIMITS.history_linger_s * 1.1
-    steps = Steps()
-    gc.collect()
-    gc.disable()
-    many.go_on(steps)
-    gc.enable()
-    return steps
+    return many.measure(many.core.expire)
 
 
 class ReadLoop:
