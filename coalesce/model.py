@@ -269,46 +269,34 @@ class Session:
         return _IDS.setdefault(watch_id, watch_id) if watch_id < 4096 else watch_id
 
 
+@dataclass(slots=True, eq=False)
 class Upstream:
     """A watch at etcd as the shell sees it. It is never reopened: a source that restarts uses a new one."""
 
-    __slots__ = (
-        "asked",
-        "asked_at",
-        "closed",
-        "created",
-        "is_backfill",
-        "key",
-        "prev_kv",
-        "range_end",
-        "said_token",
-        "shell",
-        "source",
-        "start_revision",
-    )
+    # The source it feeds; None after that source has ended.
+    source: Source | None
+    # None = now.
+    start_revision: int | None
+    prev_kv: bool
+    # It needs a stream of its own, which can be paused.
+    is_backfill: bool
+    key: bytes = field(init=False)
+    range_end: bytes = field(init=False)
+    # Etcd has answered `created`.
+    created: bool = False
+    # It is not needed any more; later responses are ignored.
+    closed: bool = False
+    # The last value of `token`, to which a refusal by etcd applies; () if it was never read.
+    said_token: tuple[bytes | None, ...] = ()
+    # The number of the newest progress request that asked it; 0 = none.
+    asked: int = 0
+    # When that request was made, while its answer is outstanding.
+    asked_at: float | None = None
+    # Free for the shell.
+    shell: object = None
 
-    def __init__(self, owner: Source, start_revision: int | None, prev_kv: bool, is_backfill: bool) -> None:
-        # The source it feeds; None after that source has ended.
-        self.source: Source | None = owner
-        self.key = owner.key
-        self.range_end = owner.range_end
-        # None = now.
-        self.start_revision = start_revision
-        self.prev_kv = prev_kv
-        # It needs a stream of its own, which can be paused.
-        self.is_backfill = is_backfill
-        # Etcd has answered `created`.
-        self.created = False
-        # It is not needed any more; later responses are ignored.
-        self.closed = False
-        # The last value of `token`, to which a refusal by etcd applies; () if it was never read.
-        self.said_token: tuple[bytes | None, ...] = ()
-        # The number of the newest progress request that asked it; 0 = none.
-        self.asked = 0
-        # When that request was made, while its answer is outstanding.
-        self.asked_at: float | None = None
-        # Free for the shell.
-        self.shell: object = None
+    def __post_init__(self) -> None:
+        self.key, self.range_end = self.owner.key, self.owner.range_end
 
     @property
     def owner(self) -> Source:
@@ -360,50 +348,38 @@ class FragmentRun:
     sessions: dict[Session, None] = field(default_factory=dict)
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Source:
     """An upstream watch, the history of its batches, and the watches that follow it: a trunk or a backfill."""
 
     is_cover = False
-    __slots__ = (
-        "ahead",
-        "events",
-        "groups",
-        "history",
-        "key",
-        "next_revision",
-        "proof",
-        "proven_at",
-        "range_end",
-        "refused_tokens",
-        "run",
-        "upstream",
-        "watches",
-    )
 
-    def __init__(self, key: bytes, range_end: bytes, history: History, now: float) -> None:
-        self.key = key
-        self.range_end = range_end
-        self.history = history
-        # The first revision that it has neither delivered nor proven empty: what its watches in step need next. The
-        # bookmark is one below.
-        self.next_revision = history.floor
-        # Events received since it opened.
-        self.events = 0
-        # Of a trunk: all watches of the range, in any place. Of a backfill: those that come through it.
-        self.watches: dict[Watch, None] = {}
-        # The watches in step, by variant.
-        self.groups: dict[int, Group] = {}
-        # The watches ahead; None = there are none.
-        self.ahead: AheadWatches[Watch] | None = None
-        # The response whose further pieces are still to come.
-        self.run: FragmentRun | None = None
-        self.upstream: Upstream
-        # The number of the newest progress request at the time when the bookmark was last proven.
-        self.proof = 0
-        # When the bookmark was last proven.
-        self.proven_at = now
-        # Tokens that etcd has refused for this range.
-        self.refused_tokens: set[bytes | None] = set()
+    key: bytes
+    range_end: bytes
+    history: History
+    # When the bookmark was last proven.
+    proven_at: float
+    # The first revision that it has neither delivered nor proven empty: what its watches in step need next. The
+    # bookmark is one below.
+    next_revision: int = field(init=False)
+    # Events received since it opened.
+    events: int = 0
+    # Of a trunk: all watches of the range, in any place. Of a backfill: those that come through it.
+    watches: dict[Watch, None] = field(default_factory=dict)
+    # The watches in step, by variant.
+    groups: dict[int, Group] = field(default_factory=dict)
+    # The watches ahead; None = there are none.
+    ahead: AheadWatches[Watch] | None = None
+    # The response whose further pieces are still to come.
+    run: FragmentRun | None = None
+    upstream: Upstream = field(init=False)
+    # The number of the newest progress request at the time when the bookmark was last proven.
+    proof: int = 0
+    # Tokens that etcd has refused for this range.
+    refused_tokens: set[bytes | None] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.next_revision = self.history.floor
 
     @property
     def trunk(self) -> Trunk:
@@ -432,45 +408,34 @@ class Source:
         raise NotImplementedError
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Trunk(Source):
     """The upstream watch of a range, its history and all watches of that range."""
 
-    __slots__ = (
-        "backfills",
-        "joining",
-        "noticed_at",
-        "noticed_events",
-        "notices",
-        "opening",
-        "parked_at",
-        "prev_kv_from",
-        "prev_kv_watches",
-        "timer_at",
-        "upgrade",
-    )
+    # Creates that hold it open until they join.
+    joining: dict[PendingCreate, None] = field(default_factory=dict)
+    # How many of its watches want prev_kv.
+    prev_kv_watches: int = 0
+    backfills: list[Backfill] = field(default_factory=list)
+    # It waits for `created`; until then its position may be unknown.
+    opening: bool = True
+    # The revision from which on the history has prev_kv; None = it has none.
+    prev_kv_from: int | None = field(init=False)
+    # The second upstream watch, with prev_kv, that will replace the first one.
+    upgrade: Backfill | None = None
+    # Its watches that asked for progress_notify; None = there are none.
+    notices: NotifiedWatches | None = None
+    # When etcd last notified it, and how many events it had received by then.
+    noticed_at: float = -1.0
+    noticed_events: int = 0
+    # When its linger ends; None = it is in use.
+    timer_at: float | None = None
+    # When it was last parked.
+    parked_at: float = 0.0
 
-    def __init__(self, key: bytes, range_end: bytes, history: History, now: float) -> None:
-        super().__init__(key, range_end, history, now)
-        # Creates that hold it open until they join.
-        self.joining: dict[PendingCreate, None] = {}
-        # How many of its watches want prev_kv.
-        self.prev_kv_watches = 0
-        self.backfills: list[Backfill] = []
-        # It waits for `created`; until then its position may be unknown.
-        self.opening = True
-        # The revision from which on the history has prev_kv; None = it has none.
-        self.prev_kv_from: int | None = history.floor if history.has_prev_kv else None
-        # The second upstream watch, with prev_kv, that will replace the first one.
-        self.upgrade: Backfill | None = None
-        # Its watches that asked for progress_notify; None = there are none.
-        self.notices: NotifiedWatches | None = None
-        # When etcd last notified it, and how many events it had received by then.
-        self.noticed_at = -1.0
-        self.noticed_events = 0
-        # When its linger ends; None = it is in use.
-        self.timer_at: float | None = None
-        # When it was last parked.
-        self.parked_at = 0.0
+    def __post_init__(self) -> None:
+        Source.__post_init__(self)
+        self.prev_kv_from = self.history.floor if self.history.has_prev_kv else None
 
     @property
     def trunk(self) -> Trunk:
