@@ -1,14 +1,14 @@
-"""Reads the usual WatchRequests without a library for protobuf, which a serving process does not load for them.
+"""Reads and writes the usual WatchRequests without a library for protobuf, which a serving process does not load.
 
-Anything unusual is left to the library: fields that etcd 3.5 does not have, filters one by one (all clients pack
-them), and more fields than FIELDS_MAX.
+When they are read, anything unusual is left to the library: fields that etcd 3.5 does not have, filters one by one (all
+clients pack them), and more fields than FIELDS_MAX.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from proto.fields import ScanError, long_number, long_size, signed
+from proto.fields import ScanError, bytes_field, long_number, long_size, number_field, signed
 
 _CREATE_REQUEST: Final = 0x0A
 _CANCEL_REQUEST: Final = 0x12
@@ -115,3 +115,39 @@ def plain_cancel(message: bytes) -> int | None:
     except (IndexError, ScanError):
         return None
     return signed(value) if pos == size else None
+
+
+def encode_create(
+    key: bytes,
+    range_end: bytes = b"",
+    start_revision: int | None = None,
+    *,
+    watch_id: int = 0,
+    progress_notify: bool = False,
+    no_put: bool = False,
+    no_delete: bool = False,
+    prev_kv: bool = False,
+    fragment: bool = False,
+) -> bytes:
+    """Encode a WatchRequest that creates a watch; start_revision None means now, watch_id 0 any id."""
+    filters = (b"\x00" if no_put else b"") + (b"\x01" if no_delete else b"")
+    return bytes_field(
+        _CREATE_REQUEST,
+        b"".join(
+            (
+                bytes_field(_KEY, key) if key else b"",
+                bytes_field(_RANGE_END, range_end) if range_end else b"",
+                number_field(_START_REVISION, start_revision or 0),
+                number_field(_PROGRESS_NOTIFY, progress_notify),
+                bytes_field(_FILTERS, filters) if filters else b"",
+                number_field(_PREV_KV, prev_kv),
+                number_field(_WATCH_ID, watch_id),
+                number_field(_FRAGMENT, fragment),
+            )
+        ),
+    )
+
+
+def encode_cancel(watch_id: int) -> bytes:
+    """Encode a WatchRequest that cancels a watch."""
+    return bytes_field(_CANCEL_REQUEST, number_field(_CANCEL_WATCH_ID, watch_id))

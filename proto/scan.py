@@ -1,4 +1,4 @@
-"""Decodes and encodes watch messages at byte level.
+"""Decodes and encodes WatchResponses at byte level; `plain_request` does the same with WatchRequests.
 
 A protobuf message is the concatenation of its fields. The parts of a response that all its watches share, the header
 and the events, are cut out of it once as encoded fields, and a client's response is joined from these bytes and a few
@@ -62,20 +62,6 @@ _VALUE: Final = 0x2A
 _LEASE: Final = 0x30
 _KEY_AND_VALUE: Final = frozenset((_KEY, _VALUE))
 _OTHER_NUMBERS: Final = frozenset((_CREATE_REVISION, _VERSION, _LEASE))
-# WatchRequest, a oneof:
-_CREATE_REQUEST: Final = 0x0A
-_CANCEL_REQUEST: Final = 0x12
-_PROGRESS_REQUEST: Final = 0x1A
-# WatchCreateRequest; WatchCancelRequest has only the watch id:
-_CREATE_KEY: Final = 0x0A
-_CREATE_RANGE_END: Final = 0x12
-_CREATE_START_REVISION: Final = 0x18
-_CREATE_PROGRESS_NOTIFY: Final = 0x20
-_CREATE_FILTERS: Final = 0x2A
-_CREATE_PREV_KV: Final = 0x30
-_CREATE_WATCH_ID: Final = 0x38
-_CREATE_FRAGMENT: Final = 0x40
-_CANCEL_WATCH_ID: Final = 0x08
 
 
 class Header:
@@ -545,44 +531,3 @@ def encode_response(
 def encode_created(header: Header, watch_id: int) -> bytes:
     """Encode the WatchResponse that answers a create, as `encode_response` does."""
     return header.encoded + number_field(_WATCH_ID, watch_id) + _IS_CREATED
-
-
-def encode_create(
-    key: bytes,
-    range_end: bytes = b"",
-    start_revision: int | None = None,
-    *,
-    watch_id: int = 0,
-    progress_notify: bool = False,
-    no_put: bool = False,
-    no_delete: bool = False,
-    prev_kv: bool = False,
-    fragment: bool = False,
-) -> bytes:
-    """Encode a WatchRequest that creates a watch; start_revision None means now, watch_id 0 any id."""
-    filters = (b"\x00" if no_put else b"") + (b"\x01" if no_delete else b"")
-    return bytes_field(
-        _CREATE_REQUEST,
-        b"".join(
-            (
-                bytes_field(_CREATE_KEY, key) if key else b"",
-                bytes_field(_CREATE_RANGE_END, range_end) if range_end else b"",
-                number_field(_CREATE_START_REVISION, start_revision or 0),
-                number_field(_CREATE_PROGRESS_NOTIFY, progress_notify),
-                bytes_field(_CREATE_FILTERS, filters) if filters else b"",
-                number_field(_CREATE_PREV_KV, prev_kv),
-                number_field(_CREATE_WATCH_ID, watch_id),
-                number_field(_CREATE_FRAGMENT, fragment),
-            )
-        ),
-    )
-
-
-def encode_cancel(watch_id: int) -> bytes:
-    """Encode a WatchRequest that cancels a watch."""
-    return bytes_field(_CANCEL_REQUEST, number_field(_CANCEL_WATCH_ID, watch_id))
-
-
-def encode_progress() -> bytes:
-    """Encode a WatchRequest that asks for a progress response."""
-    return bytes_field(_PROGRESS_REQUEST, b"")

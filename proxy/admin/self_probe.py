@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, cast
 
 from proto.framing import MessageReader, decode_message, frame
 from proto.http2 import Connection, DataReceived, Event, HeadersReceived, Role
-from proto.scan import encode_create
+from proto.plain_request import encode_create
 from proxy import logs
 from proxy.listening.connection import ServerConnection
 from proxy.watch.service import FAILED_TEXT, PATH

@@ -6,18 +6,8 @@ import pytest
 
 from proto.fields import ScanError
 from proto.pb import kv_pb2, rpc_pb2
-from proto.scan import (
-    DELETE,
-    PUT,
-    Header,
-    WatchResponse,
-    encode_cancel,
-    encode_create,
-    encode_progress,
-    encode_response,
-    encode_watch_id,
-    scan_watch_response,
-)
+from proto.plain_request import PROGRESS, encode_cancel, encode_create
+from proto.scan import DELETE, PUT, Header, WatchResponse, encode_response, encode_watch_id, scan_watch_response
 from tests.proto.encoding import fixed32, fixed64, number, string
 
 CLUSTER_ID = 0xCDF818194E3A8C32
@@ -351,7 +341,7 @@ def test_encode_cancel_and_progress() -> None:
         request = rpc_pb2.WatchRequest(cancel_request=rpc_pb2.WatchCancelRequest(watch_id=watch_id))
         assert encode_cancel(watch_id) == request.SerializeToString()
     progress = rpc_pb2.WatchRequest(progress_request=rpc_pb2.WatchProgressRequest())
-    assert encode_progress() == progress.SerializeToString()
+    assert progress.SerializeToString() == PROGRESS
 
 
 def test_reads_what_the_library_writes() -> None:

@@ -8,17 +8,8 @@ from collections.abc import Iterator
 import grpc
 
 from proto.pb import rpc_pb2
-from proto.scan import (
-    DELETE,
-    PUT,
-    Header,
-    WatchResponse,
-    encode_cancel,
-    encode_create,
-    encode_progress,
-    encode_response,
-    scan_watch_response,
-)
+from proto.plain_request import PROGRESS, encode_cancel, encode_create
+from proto.scan import DELETE, PUT, Header, WatchResponse, encode_response, scan_watch_response
 from tests.etcd.server import EtcdServer
 
 WAIT_S = 20
@@ -80,7 +71,7 @@ def test_a_watch_from_create_to_cancel(etcd: EtcdServer) -> None:
         ]
         assert [event.bare is event.encoded for event in events] == [True, False, False]
 
-        watch.send(encode_progress())
+        watch.send(PROGRESS)
         progress = watch.next()
         assert (progress.watch_id, progress.header.revision, progress.events) == (-1, first + 2, [])
 

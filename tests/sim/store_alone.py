@@ -6,7 +6,7 @@ import random
 
 from coalesce.guarantees.checkers import Change
 from proto.pb import rpc_pb2
-from proto.scan import encode_create
+from proto.plain_request import encode_create
 from tests.sim.clients import decode_change
 from tests.sim.failure import SimulationFailure
 from tests.sim.model_store import LEASE, Store

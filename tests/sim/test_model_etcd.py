@@ -7,7 +7,8 @@ import random
 import pytest
 
 from coalesce.guarantees.checkers import Truth
-from proto.scan import WatchResponse, encode_cancel, encode_create, encode_progress
+from proto.plain_request import PROGRESS, encode_cancel, encode_create
+from proto.scan import WatchResponse
 from tests.sim.model_store import Member, Store
 from tests.sim.model_stream import ServerStream
 
@@ -87,27 +88,27 @@ def test_compaction_cancels_only_starts_below_it() -> None:
     canceled = [each for each in server.take() if each.canceled]
     assert {(each.watch_id, each.compact_revision, each.cancel_reason) for each in canceled} == {(0, 3, "")}
     # The id is taken, and progress blocked, until the client cancels it.
-    server.stream.requests.append(encode_progress())
+    server.stream.requests.append(PROGRESS)
     assert server.take() == []
     server.stream.requests.append(encode_cancel(0))
-    server.stream.requests.append(encode_progress())
+    server.stream.requests.append(PROGRESS)
     answers = server.take()
     assert sorted((each.watch_id, each.canceled) for each in answers) == [(-1, False), (0, True)]
 
 
 def test_progress_needs_every_watch_of_the_stream_in_sync() -> None:
     server = Server()
-    server.stream.requests.append(encode_progress())
+    server.stream.requests.append(PROGRESS)
     assert server.take() == []
     server.put(b"a")
     server.create(b"a", start=3)
-    server.stream.requests.append(encode_progress())
+    server.stream.requests.append(PROGRESS)
     assert [each.created for each in server.take()] == [True]
     server.put(b"b")
-    server.stream.requests.append(encode_progress())
+    server.stream.requests.append(PROGRESS)
     assert [(each.watch_id, each.header.revision) for each in server.take()] == [(-1, 3)]
     server.create(b"a", start=2)
-    server.stream.requests.append(encode_progress())
+    server.stream.requests.append(PROGRESS)
     assert [each.created for each in server.take()] == [True]
 
 
@@ -116,7 +117,7 @@ def test_an_old_server_answers_progress_past_events() -> None:
     server.create(b"a")
     server.take()
     server.put(b"a")
-    server.stream.requests.append(encode_progress())
+    server.stream.requests.append(PROGRESS)
     server.stream.receive()
     assert server.stream._control[0].header.revision == 2
     assert server.stream._channel

@@ -22,7 +22,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from proto.scan import Header, encode_create, encode_progress
+from proto.plain_request import PROGRESS, encode_create
+from proto.scan import Header
 from upstream.watching.effects import HeaderSeen, Progressed, WatchEffect, WriteMessage
 from upstream.watching.stream import OpenedWatch, SentCreate, WatchStream
 
@@ -42,7 +43,7 @@ def ask_progress(stream: WatchStream, number: int, effects: list[WatchEffect], *
         stream.requested += 1
         if not late:
             stream.numbers.append((stream.requested, number))
-        effects.append(WriteMessage(stream, encode_progress()))
+        effects.append(WriteMessage(stream, PROGRESS))
 
 
 def send_probe(stream: WatchStream, number: int, effects: list[WatchEffect]) -> None:

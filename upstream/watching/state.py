@@ -39,7 +39,8 @@ from typing import Final
 
 from proto.etcd_errors import is_auth_refusal, read_reason
 from proto.framing import Status
-from proto.scan import WatchResponse, encode_cancel, encode_create
+from proto.plain_request import encode_cancel, encode_create
+from proto.scan import WatchResponse
 from upstream.namespace import Namespace
 from upstream.watching.effects import (
     CloseStream,
