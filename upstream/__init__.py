@@ -2,7 +2,8 @@
 bundled store.
 
 Connections, from the socket up: `transport`, `connecting` and `tls` open one; `connection` is one, with its calls and
-their `heads` (`batching` and `answer_due` belong to it); `connections` are all to one endpoint.
+their `heads` (`batching` and `answer_due` belong to it; `interfaces` is what it calls); `connections` are all to one
+endpoint.
 
 Endpoints: `endpoints` and `discovery` find them, `problems` logs what is wrong with them, `fitness` says whether a
 member serves calls. `slot` is one of them in the `pool`, which serves all calls but watches; `dial` finds the server

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol, cast
+from dataclasses import dataclass
+from typing import Final, cast
 
 from proto.framing import Status
 from proto.http2 import (
@@ -43,8 +44,8 @@ from upstream.batching import EventBatches, joined_data
 from upstream.endpoints import Endpoint
 from upstream.errors import Unreachable, closed_early, explain_connect, not_http2
 from upstream.heads import STATUS_OF_RESET, number, status_of
+from upstream.interfaces import CallHandler, Cork
 from upstream.settings import ConnectionSettings
-from upstream.transport import Cork
 
 _PING: Final = b"watchmux"
 _FIRST_BYTES_MAX: Final = 512
@@ -58,57 +59,25 @@ class NotSent(Exception):
     """A call could not be started on this connection; no part of it was sent."""
 
 
-class CallHandler(Protocol):
-    """Callbacks of a call on an upstream connection; made from the event loop, never from inside `request`."""
-
-    def on_headers(self, headers: Headers) -> None:
-        """The response's headers arrived. Not called for a trailers-only response."""
-
-    def on_data(self, data: bytes, flow_size: int) -> None:
-        """Bytes of the body arrived. The handler must pass `flow_size` to `UpstreamCall.consumed`, now or later."""
-
-    def on_drained(self) -> None:
-        """After `write` returned False: all output was handed to the transport."""
-
-    def on_end(self, status: int, message: str, trailers: Headers) -> None:
-        """The call has ended; no callback follows. Not called after `UpstreamCall.reset`.
-
-        `trailers` are those of the server, which the status was read from. They are [] when the stream was reset
-        (`UpstreamCall.reset_code`) or the connection broke: then status and message are derived from that.
-        """
-
-
+@dataclass(slots=True, eq=False, repr=False)
 class UpstreamCall:
     """One call: a stream and its handler."""
 
-    __slots__ = (
-        "connection",
-        "ended",
-        "handler",
-        "http_status",
-        "owed",
-        "reset_code",
-        "rotated",
-        "stream",
-        "unprocessed",
-    )
-
-    def __init__(self, connection: ClientConnection, stream: Stream, handler: CallHandler) -> None:
-        self.connection = connection
-        self.stream = stream
-        self.handler = handler
-        # It has ended: by its trailers, by a reset of either side, or with the connection.
-        self.ended = False
-        # The HTTP status of the response; 0 before its headers arrive.
-        self.http_status = 0
-        # Bytes passed to the handler that it has not acknowledged by `consumed`.
-        self.owed = 0
-        # The code of the RST_STREAM that ended it, if one did.
-        self.reset_code: ErrorCode | None = None
-        # The server has not processed it, so it can safely be sent again (RFC 9113 8.7).
-        self.unprocessed = False
-        # It was not processed because the server was closing the connection (GOAWAY) when the call arrived.
-        self.rotated = False
+    connection: ClientConnection
+    stream: Stream
+    handler: CallHandler
+    # It has ended: by its trailers, by a reset of either side, or with the connection.
+    ended: bool = False
+    # The HTTP status of the response; 0 before its headers arrive.
+    http_status: int = 0
+    # Bytes passed to the handler that it has not acknowledged by `consumed`.
+    owed: int = 0
+    # The code of the RST_STREAM that ended it, if one did.
+    reset_code: ErrorCode | None = None
+    # The server has not processed it, so it can safely be sent again (RFC 9113 8.7).
+    unprocessed: bool = False
+    # It was not processed because the server was closing the connection (GOAWAY) when the call arrived.
+    rotated: bool = False
 
     @property
     def blocked(self) -> bool:
@@ -119,7 +88,9 @@ class UpstreamCall:
         """Send bytes of the body, `size` in all; `end` half-closes. False: wait for `on_drained` before more."""
         if self.ended:
             return True
-        return self.connection.write(self.stream, pieces, size, end)
+        done = self.connection.http2.send(self.stream, pieces, size, end)
+        self.connection.schedule_flush()
+        return done
 
     def end(self) -> None:
         """Half-close: no more data follows."""
@@ -129,13 +100,14 @@ class UpstreamCall:
         """End the call at once; its handler gets no more callbacks."""
         if not self.ended:
             self.ended = True
-            self.connection.reset(self, code)
+            self.connection.call_reset(self, code)
 
     def consumed(self, size: int) -> None:
         """Return `size` bytes of flow control, so that the server may send as many more. Not needed at the end."""
         if not self.ended:
             self.owed -= size
-            self.connection.consumed(self.stream, size)
+            self.connection.http2.consumed(self.stream, size)
+            self.connection.schedule_flush()
 
 
 class ClientConnection(asyncio.Protocol):
@@ -284,7 +256,7 @@ class ClientConnection(asyncio.Protocol):
         self.http2.acknowledge_late(self._loop.time())
         # etcd sends no PING for a call that comes meanwhile; the next call shows whether it hangs.
         self.answer_due.since = None
-        self._schedule_flush()
+        self.schedule_flush()
 
     def pause_writing(self) -> None:
         """Stop sending: the kernel's buffer is full."""
@@ -350,18 +322,19 @@ class ClientConnection(asyncio.Protocol):
         call = UpstreamCall(self, stream, handler)
         stream.owner = call
         self.answer_due.call_sent(self._loop.time())
-        self._schedule_flush()
+        self.schedule_flush()
         if stream.id >= _STREAM_ID_WORN:
             self.ended_well = True
             what = "its stream ids are used up"
             self.retire(Unreachable(self.endpoint.text, what, "no action needed: a new connection follows"))
         return call
 
-    def write(self, stream: Stream, pieces: Sequence[bytes], size: int, end: bool) -> bool:
-        """Send DATA on a stream; see `UpstreamCall.write`."""
-        done = self.http2.send(stream, pieces, size, end)
-        self._schedule_flush()
-        return done
+    def schedule_flush(self) -> None:
+        """Write the queued output at the end of this read, or of this turn of the loop."""
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            if not self._receiving:
+                self._loop.call_soon(self._flush)
 
     def flush_now(self) -> None:
         """Write the queued output now; output queued later in this turn of the loop is written at its end."""
@@ -369,22 +342,11 @@ class ClientConnection(asyncio.Protocol):
             self._flushed_early = True
             self._write_output()
 
-    def reset(self, call: UpstreamCall, code: ErrorCode) -> None:
-        """Reset a call's stream; see `UpstreamCall.reset`."""
-        call.stream.owner = None
+    def call_reset(self, call: UpstreamCall, code: ErrorCode) -> None:
+        """Reset the stream of a call that we have ended; see `UpstreamCall.reset`."""
+        self._release(call, code)
         if not self._over:
-            self.http2.reset(call.stream, code)
-            self.http2.consumed(None, call.owed)
-            self._schedule_flush()
-            self._close_when_done()
-            if self.on_room is not None:
-                self.on_room()
-
-    def consumed(self, stream: Stream, size: int) -> None:
-        """Return flow control; see `UpstreamCall.consumed`."""
-        if not self._over:
-            self.http2.consumed(stream, size)
-            self._schedule_flush()
+            self._make_room()
 
     def close(self, reason: Unreachable | None = None) -> None:
         """Close now: send GOAWAY, and end every call with UNAVAILABLE and `reason`."""
@@ -489,15 +451,22 @@ class ClientConnection(asyncio.Protocol):
     def _end(self, call: UpstreamCall, status: int, message: str, trailers: Headers) -> None:
         """Notify a call's handler that it has ended, and end our side of the stream."""
         call.ended = True
-        stream = call.stream
-        stream.owner = None
+        # The server has ended its side before we ended ours (RFC 9113 8.1).
+        self._release(call, ErrorCode.NO_ERROR)
+        call.handler.on_end(status, message, trailers)
+        self._make_room()
+
+    def _release(self, call: UpstreamCall, code: ErrorCode) -> None:
+        """Reset the stream of a call that has ended, unless both sides have ended it."""
+        call.stream.owner = None
         if not self._over:
+            self.http2.reset(call.stream, code)
             # The other calls need the connection's window, even if this call's handler still holds data.
             self.http2.consumed(None, call.owed)
-            if stream.id in self.http2.streams:
-                # The server has ended its side before we ended ours (RFC 9113 8.1).
-                self.http2.reset(stream, ErrorCode.NO_ERROR)
-        call.handler.on_end(status, message, trailers)
+            self.schedule_flush()
+
+    def _make_room(self) -> None:
+        """Another call may fit, or the connection may close."""
         self._close_when_done()
         if self.on_room is not None:
             self.on_room()
@@ -506,12 +475,6 @@ class ClientConnection(asyncio.Protocol):
         """Close the connection after GOAWAY or `retire` once its open calls have ended."""
         if not self.healthy and self.ready.done() and not self._over and not self.http2.streams:
             self._loop.call_soon(self.close)
-
-    def _schedule_flush(self) -> None:
-        if not self._flush_scheduled:
-            self._flush_scheduled = True
-            if not self._receiving:
-                self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         """Write all queued output now."""

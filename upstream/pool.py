@@ -23,10 +23,10 @@ from upstream.endpoints import Endpoint
 from upstream.errors import CallFailed, Logger, NullLogger, Unreachable
 from upstream.fitness import Fitness, is_refused_unserved, is_suspicious
 from upstream.hedged import HedgedCall, Hedging, Request
+from upstream.interfaces import Cork
 from upstream.problems import EndpointProblems
 from upstream.settings import CONNECTION_LIMITS, ConnectionSettings, UpstreamSettings
 from upstream.slot import Slot
-from upstream.transport import Cork
 from upstream.unary import HAS_LEADER, Answer, Metadata, settle
 from upstream.watch_route import LoopOfProxies, Route, RouteIds
 

@@ -12,32 +12,11 @@ import socket
 import ssl
 from collections.abc import Callable, Coroutine, Sequence
 from itertools import chain, zip_longest
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from upstream.endpoints import Endpoint
 
 T = TypeVar("T")
-
-
-class Cork(Protocol):
-    """Collects what a read causes to be written to clients, so that each gets one write."""
-
-    @property
-    def part(self) -> int:
-        """How many clients are written to in one turn."""
-
-    @property
-    def behind(self) -> bool:
-        """Output for more clients than that is being written: pass on nothing else for so many."""
-
-    def cork(self) -> None:
-        """Begin; may be nested."""
-
-    def uncork(self) -> None:
-        """End; the outermost end writes."""
-
-    def when_written(self, do: Callable[[], None]) -> None:
-        """Call `do` in a later turn of the loop, once that is written."""
 
 
 class ServerAddress(NamedTuple):

@@ -46,7 +46,7 @@ class WrittenConnection(Protocol):
 
 
 class WriteQueue:
-    """See the module. It implements `upstream.transport.Cork`."""
+    """See the module. It implements `upstream.interfaces.Cork`."""
 
     def __init__(self, stats: ListenerStats) -> None:
         """`stats` count what the connections write."""

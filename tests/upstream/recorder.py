@@ -9,8 +9,8 @@ from proto.scan import Header, WatchResponse
 from tests.upstream.stories import Opened
 from tests.waiting import until_async
 from upstream.endpoints import parse_endpoints
+from upstream.interfaces import Cork
 from upstream.settings import UpstreamSettings
-from upstream.transport import Cork
 from upstream.watching.client import WatchClient
 from upstream.watching.stream import OpenedWatch
 

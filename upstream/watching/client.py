@@ -25,10 +25,10 @@ from upstream.credentials import Credentials
 from upstream.dial import Dialer, Examined, ServerInUse
 from upstream.endpoints import Endpoint
 from upstream.errors import Logger, NullLogger
+from upstream.interfaces import Cork
 from upstream.namespace import Namespace
 from upstream.problems import EndpointProblems
 from upstream.settings import UpstreamSettings
-from upstream.transport import Cork
 from upstream.watch_route import Route, RouteIds
 from upstream.watching import effects as watch_effects
 from upstream.watching.call import UpstreamWatchCall

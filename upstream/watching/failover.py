@@ -18,8 +18,8 @@ from upstream.connections import Connections, settings_after
 from upstream.credentials import Credentials
 from upstream.dial import Dialer, Server, any_of
 from upstream.errors import Logger, Unreachable
+from upstream.interfaces import Cork
 from upstream.settings import UpstreamSettings
-from upstream.transport import Cork
 from upstream.watching.choice import EndpointPolicy, SearchGoal
 from upstream.watching.history_check import HistoryCheck
 from upstream.watching.leader import LeaderCall
