@@ -8,58 +8,6 @@ after a quiet time is never delayed.
 from __future__ import annotations
 
 import asyncio
-from typing import Final
-
-from proto.http2 import DataReceived, Event, Stream
-
-JOINED_DATA_BYTES_MAX: Final = 16 * 1024
-"""Data is joined up to what one frame carries: what passes on answers in bounded turns counts on parts of that size."""
-
-
-def joined_data(events: list[Event]) -> list[Event]:
-    """Join the data of a stream that several small frames in succession brought: its handler takes it at once."""
-    if not _has_runs(events):
-        return events
-    result: list[Event] = []
-    run: list[DataReceived] = []
-    left = 0
-    for event in events:
-        if not isinstance(event, DataReceived):
-            _end_run(run, result)
-            result.append(event)
-            continue
-        if run and (event.stream is not run[0].stream or len(event.data) > left):
-            _end_run(run, result)
-        if not run:
-            left = JOINED_DATA_BYTES_MAX
-        run.append(event)
-        left -= len(event.data)
-    _end_run(run, result)
-    return result
-
-
-def _end_run(run: list[DataReceived], result: list[Event]) -> None:
-    """Append the data of a run as one event."""
-    if len(run) > 1:
-        last = run[-1]
-        data = b"".join([part.data for part in run])
-        result.append(DataReceived(last.stream, data, sum([part.flow_size for part in run]), last.end_stream))
-    else:
-        result += run
-    run.clear()
-
-
-def _has_runs(events: list[Event]) -> bool:
-    """Return whether a stream's data follows its own; 80 ns a call, whose answer is usually between two HEADERS."""
-    before: Stream | None = None
-    for event in events:
-        if type(event) is not DataReceived:
-            before = None
-        elif event.stream is before:
-            return True
-        else:
-            before = event.stream
-    return False
 
 
 class EventBatches:

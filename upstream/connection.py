@@ -40,7 +40,7 @@ from proto.http2 import (
 )
 from proto.http2.frames import FRAME_HEADER_BYTES
 from upstream.answer_due import AnswerDue
-from upstream.batching import EventBatches, joined_data
+from upstream.batching import EventBatches
 from upstream.endpoints import Endpoint
 from upstream.errors import Unreachable, closed_early, explain_connect, not_http2
 from upstream.heads import STATUS_OF_RESET, number, status_of
@@ -227,7 +227,7 @@ class ClientConnection(asyncio.Protocol):
         if cork is not None:
             cork.cork()
         try:
-            self._dispatch(joined_data(self.http2.receive(data)))
+            self._dispatch(self.http2.receive(data))
         finally:
             self._receiving = False
             if cork is not None:

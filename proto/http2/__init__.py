@@ -27,11 +27,12 @@ from proto.http2.events import (
     StreamReset,
 )
 from proto.http2.frames import UPDATE_AND_PING_BYTES
-from proto.http2.limits import LATE_ACK_S_MAX, Http2Limits
+from proto.http2.limits import JOINED_DATA_BYTES_MAX, LATE_ACK_S_MAX, Http2Limits
 from proto.http2.sending import Piece, Role, StreamBatch
 from proto.http2.streams import Stream, StreamState
 
 __all__ = [
+    "JOINED_DATA_BYTES_MAX",
     "LATE_ACK_S_MAX",
     "UPDATE_AND_PING_BYTES",
     "Connection",

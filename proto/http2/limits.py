@@ -17,6 +17,8 @@ HEADER_TABLE_BYTES_DEFAULT = 4_096
 # Maximum bytes of DATA in a frame that we send, even if the peer allows more: a turn of the round robin, and the most
 # that a reset, a PING or another stream's event may have to wait for.
 FRAME_BYTES_SENT_MAX = 65_536
+# Data that successive frames bring for one stream is joined to this size at most: that of a frame by default.
+JOINED_DATA_BYTES_MAX = FRAME_BYTES_MIN
 # How late grpc-go's BANDWIDTH_PING is acknowledged at most. grpc-go sends none until then, so until then an event costs
 # one write, without a read and another write for a PING; so does a call on the side of etcd, a grpc-go server.
 LATE_ACK_S_MAX = 1.0

@@ -266,9 +266,21 @@ def test_counters_do_not_decrease_while_frames_wait() -> None:
     assert connection._flood[1] == 98
 
 
+def _joined(lines: list[str]) -> list[str]:
+    """Join the lines of successive data of one stream."""
+    joined: list[str] = []
+    for line in lines:
+        start, _, size = line.rpartition(" ")
+        if line.startswith("data ") and joined and size.isdigit() and joined[-1].rpartition(" ")[0] == start:
+            joined[-1] = f"{start} {int(joined[-1].rpartition(' ')[2]) + int(size)}"
+        else:
+            joined.append(line)
+    return joined
+
+
 @pytest.mark.parametrize("seed", range(100))
 def test_small_turns_change_nothing(seed: int) -> None:
-    """The same events and the same output in small turns, for any input."""
+    """The same events and the same output in small turns, for any input; data may be joined only within a turn."""
     text = script(seed, 60)
     at_once, in_turns = Connection(Role.SERVER, LIMITS), Connection(Role.SERVER, replace(LIMITS, turn_work_max=3))
     results = []
@@ -277,7 +289,7 @@ def test_small_turns_change_nothing(seed: int) -> None:
         events = connection.receive(text)
         while connection.behind:
             events += connection.receive(b"")
-        results.append((event_lines(events), b"".join(connection.output())))
+        results.append((_joined(event_lines(events)), b"".join(connection.output())))
     assert results[0] == results[1]
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 
 import pytest
 
-from proto.http2 import DataReceived, Event, PingReceived, Stream
 from proxy.config.applied import upstream_settings
 from proxy.config.knobs import Settings
 from tests.upstream.recorder import Recorder, watching
 from tests.upstream.scripted import ScriptedCall, ScriptedEtcd, scripted
 from tests.upstream.stories import Opened, request
 from tests.waiting import until_async
-from upstream.batching import JOINED_DATA_BYTES_MAX, joined_data
 from upstream.connection import ClientConnection
 from upstream.settings import HUB_BATCH_INTERVAL_S, ConnectionSettings, UpstreamSettings
 from upstream.watching.client import WatchClient
@@ -91,29 +88,3 @@ async def test_a_connection_that_ends_in_a_batch_loses_no_event() -> None:
 def test_only_the_hub_reads_in_batches() -> None:
     assert upstream_settings(Settings()).connection.batch_interval_s == 0
     assert upstream_settings(Settings(), is_hub=True).connection.batch_interval_s == HUB_BATCH_INTERVAL_S
-
-
-def test_the_data_of_a_stream_in_a_read_is_joined() -> None:
-    one, other = Stream(1, 0, 0), Stream(3, 0, 0)
-    ping = PingReceived()
-    events: list[Event] = [
-        *(DataReceived(one, b"a", 1, False), DataReceived(one, b"bc", 3, False)),
-        *(DataReceived(other, b"d", 1, False), ping),
-        *(DataReceived(one, b"e", 1, False), DataReceived(one, b"", 0, True)),
-    ]
-    assert joined_data(events) == [
-        *(DataReceived(one, b"abc", 4, False), DataReceived(other, b"d", 1, False), ping),
-        DataReceived(one, b"e", 1, True),
-    ]
-    assert joined_data(events[2:5]) == events[2:5]
-
-
-def test_joined_data_is_as_large_as_one_frame_at_most() -> None:
-    """A call passes on what it gets at once, and the turns of shared answers are bounded to about a frame."""
-    stream = Stream(1, 0, 0)
-    full = DataReceived(stream, bytes(JOINED_DATA_BYTES_MAX), JOINED_DATA_BYTES_MAX, False)
-    assert joined_data([full] * 16) == [full] * 16
-    small = DataReceived(stream, bytes(JOINED_DATA_BYTES_MAX - 1), JOINED_DATA_BYTES_MAX - 1, False)
-    byte = DataReceived(stream, b"\0", 1, False)
-    end = DataReceived(stream, b"", 0, True)
-    assert joined_data([small, byte, byte, full, end]) == [full, byte, replace(full, end_stream=True)]

@@ -29,10 +29,10 @@ from coalesce import (
     UpstreamLost,
 )
 from proto.framing import frame
+from proto.http2 import JOINED_DATA_BYTES_MAX
 from proto.scan import WatchResponse, encode_created, scan_watch_response
 from tests.bench.sharing.front import Figures, Front, Scenario
 from tests.coalesce.shell import header, put
-from upstream.batching import JOINED_DATA_BYTES_MAX
 from upstream.settings import UpstreamSettings
 from upstream.watching.call import UpstreamWatchCall
 from upstream.watching.effects import WatchReceived
