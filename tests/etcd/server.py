@@ -24,17 +24,40 @@ from tests.etcd.binaries import EtcdBinary, current
 from tests.waiting import until
 
 HOST = "127.0.0.1"
-PORTS = (15_000, 32_000)
-"""Below the range that Linux assigns for port 0 (net.ipv4.ip_local_port_range)."""
+BLOCK = 64
+"""Ports are claimed in blocks of this size."""
+
+_claims: list[socket.socket] = []
+
+
+def _never_assigned() -> range:
+    """Return the ports that Linux does not assign for port 0, below its range or, if there are few, above."""
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    candidates = range(10_000, low), range(high + 1, 65_536), range(10_000, 32_768)
+    return next(ports for ports in candidates if len(ports) >= 10 * BLOCK)
+
+
+def _is_claimed(block: int) -> bool:
+    """Claim a block of ports until this process ends; return whether it is this process's now."""
+    claim = socket.socket(socket.AF_UNIX)
+    try:
+        claim.bind(f"\0watchmux-test-ports-{block}")
+    except OSError:
+        claim.close()
+        return False
+    _claims.append(claim)
+    return True
 
 
 def _ports() -> Iterator[int]:
-    """Yield ports in random order, none twice before all were used; each worker of a test run has its own range."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    own = range(PORTS[0] + worker, PORTS[1], workers)
+    """Yield ports in random blocks, none twice before all were used, and none of another process that runs tests."""
+    ports = _never_assigned()
+    blocks = range(ports.start, ports.stop - BLOCK + 1, BLOCK)
+    for first in random.sample(blocks, len(blocks)):
+        if _is_claimed(first):
+            yield from range(first, first + BLOCK)
     while True:
-        yield from random.sample(own, len(own))
+        yield from random.sample(ports, len(ports))
 
 
 _NEXT_PORT = _ports()
