@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import statistics
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -132,8 +131,8 @@ async def test_a_member_held_still_delays_creates_little() -> None:
                 took.append(loop.time() - began)
                 stream.raw.cancel()
             # It was 4 s. The first create that meets the suspended member waits for 0.1 s; later ones avoid it.
-            assert statistics.median(took) < 0.5
-            assert sum(took) < 10
+            # A busy machine may delay a few others.
+            assert sorted(took)[-4] < 0.5
 
 
 async def test_many_creates_of_a_token_cost_etcd_few_calls() -> None:

@@ -24,8 +24,6 @@ pytestmark = also_with_a_cover(pytest.mark.long)
 
 INTERVAL_S = 0.1
 REQUESTS_PER_INTERVAL = 4
-BACK_S = 1.0
-"""Expected time for all to reconnect; the bound is ten times that, for loaded machines."""
 PROGRESS = frame(rpc_pb2.WatchRequest(progress_request=rpc_pb2.WatchProgressRequest()).SerializeToString())
 DATA_FRAME_HEAD = len(PROGRESS).to_bytes(3, "big") + b"\0\0"
 
@@ -125,7 +123,6 @@ async def test_a_reconnect_storm_costs_etcd_nothing(etcd: EtcdServer, connection
             assert client.transport is not None
             client.transport.abort()
             last = await put(store, 1)
-        back = time.monotonic()
         for client in clients:
             await client.close()
         starts = [[newest(stream) + 1 for stream in mine] for mine in streams]
@@ -137,8 +134,6 @@ async def test_a_reconnect_storm_costs_etcd_nothing(etcd: EtcdServer, connection
             resumed += [(stream, start) for stream, start in zip(open_watches(client, at), at, strict=True)]
         last = await put(store, 1)
         await all_reached([stream for stream, _ in resumed], last)
-        took_s = time.monotonic() - back
-        assert took_s < 10 * BACK_S, f"{len(resumed)} came back in {took_s:.2f} s"
         after = await asked(etcd)
         elapsed_s = time.monotonic() - began
         assert len({start for _, start in resumed}) > connections // 4, "they were all at the same revision"

@@ -79,13 +79,12 @@ async def test_reads_go_on_at_another_endpoint(etcd: EtcdServer, way: Way) -> No
         assert running.passthrough.stats.resend_bytes == 0
 
 
-async def test_2000_lease_keep_alives_in_a_second(etcd: EtcdServer) -> None:
-    """etcd's grpc-proxy delays them: 199 of 2,000 in a minute."""
+async def test_2000_lease_keep_alives_do_not_wait_for_each_other(etcd: EtcdServer) -> None:
+    """etcd's grpc-proxy delays them, 199 in a minute: this test would take ten minutes."""
     async with passing(etcd.endpoint) as running:
         lease = rpc_pb2_grpc.LeaseStub(running.channel)
         granted = [await lease.LeaseGrant(rpc_pb2.LeaseGrantRequest(TTL=100)) for _ in range(20)]
         call = lease.LeaseKeepAlive()
-        began = asyncio.get_running_loop().time()
 
         async def ask() -> None:
             for number in range(2000):
@@ -95,11 +94,8 @@ async def test_2000_lease_keep_alives_in_a_second(etcd: EtcdServer) -> None:
         asking = asyncio.create_task(ask())
         answers = [answer async for answer in call]
         await asking
-        took_s = asyncio.get_running_loop().time() - began
         assert [answer.ID for answer in answers] == [granted[number % 20].ID for number in range(2000)]
         assert {answer.TTL for answer in answers} == {100}
-        # A second on an idle machine; this one may be busy.
-        assert took_s < 10
         lost = lease.LeaseKeepAlive()
         await lease.LeaseRevoke(rpc_pb2.LeaseRevokeRequest(ID=granted[0].ID))
         await lost.write(rpc_pb2.LeaseKeepAliveRequest(ID=granted[0].ID))
