@@ -60,7 +60,7 @@ class Browser:
         self._driver = subprocess.Popen(
             ["chromedriver", f"--port={self._port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        until(self._ready, "chromedriver to be ready", 30)
+        until(self._ready, "chromedriver to be ready")
         arguments = [*FLAGS, f"--user-data-dir={self._profile}"]
         options = {"args": arguments, "binary": shutil.which("chromium")}
         wanted = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.clients.libraries import LIBRARIES
 from tests.etcd.server import HOST, EtcdServer
-from tests.waiting import until
+from tests.waiting import LIMIT_S, until
 
 _BY_NAME = {library.name: library for library in LIBRARIES}
 PROGRAMS = {
@@ -53,7 +53,7 @@ def watching(command: Sequence[str]) -> Iterator[Watching]:
 
 
 def starts_again(
-    library: str, front: Callable[[str], AbstractContextManager[str]], limit_s: float = 15
+    library: str, front: Callable[[str], AbstractContextManager[str]], limit_s: float = LIMIT_S
 ) -> tuple[bool, list[str]]:
     """
     Restore a store under a client's watch; return whether the client sees a put after that, and what it printed.

@@ -62,7 +62,7 @@ def test_outage_fails_only_calls_under_way(fault: Callable[[EtcdServer, ProxyPro
             until(lambda: proxy.metric("watchmux_calls_total") > 100, "calls")
             fault(etcd, proxy)
             before = proxy.metric("watchmux_calls_total")
-            until(lambda: proxy.metric("watchmux_calls_total") > before + 100, "calls again", 30)
+            until(lambda: proxy.metric("watchmux_calls_total") > before + 100, "calls again")
             use.finish()
         lost = failed(use.summary())
         assert [text for text in lost if fault is _restart_proxy or not broke_under_way(text)] == []

@@ -166,7 +166,7 @@ async def metadata_bomb(port: int) -> str:
             block = attacker.encoder.encode(REQUEST) + indexed * 2_000
             await attacker.say(raw(1, 4, stream_id, block))
         await until_async(
-            lambda: attacker.resets.count("ENHANCE_YOUR_CALM") >= 100 or attacker.over.is_set(), "the resets", 30
+            lambda: attacker.resets.count("ENHANCE_YOUR_CALM") >= 100 or attacker.over.is_set(), "the resets"
         )
         return f"{attacker.resets.count('ENHANCE_YOUR_CALM')} calls reset ENHANCE_YOUR_CALM"
 

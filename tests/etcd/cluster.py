@@ -127,7 +127,7 @@ class Cluster:
     async def leader(self) -> Member:
         """Return the leader."""
         for_now: list[Member] = await until_async(
-            lambda: [member for member in self.members if not member.still and member.is_leader], "a leader", 30
+            lambda: [member for member in self.members if not member.still and member.is_leader], "a leader"
         )
         return for_now[0]
 

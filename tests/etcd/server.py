@@ -142,7 +142,7 @@ class EtcdServer:
         if self._log is None:
             self._log = (self.directory / "etcd.log").open("ab")
         self.process = subprocess.Popen(self.arguments(), stdout=self._log, stderr=self._log)
-        until(self._healthy, f"etcd {self.binary.name} at {self.endpoint} to serve", 30)
+        until(self._healthy, f"etcd {self.binary.name} at {self.endpoint} to serve")
 
     def _healthy(self) -> bool:
         assert self.process is not None

@@ -16,7 +16,7 @@ from tests.e2e import running
 from tests.e2e.judging import assert_kept
 from tests.e2e.raw_client import WatchStream
 from tests.e2e.running import Etcd, proxy_for
-from tests.waiting import until_async
+from tests.waiting import LIMIT_S, until_async
 
 PREFIX, PREFIX_END = b"/p/", b"/p0"
 
@@ -45,7 +45,9 @@ def reached(stream: WatchStream, revision: int) -> bool:
     return any(event.kv.mod_revision >= revision for response in stream.responses for event in response.events)
 
 
-async def all_kept(streams: Sequence[tuple[WatchStream, int]], endpoint: str, last: int, limit_s: float = 20) -> None:
+async def all_kept(
+    streams: Sequence[tuple[WatchStream, int]], endpoint: str, last: int, limit_s: float = LIMIT_S
+) -> None:
     """Wait until every stream, given with its start revision, has the event `last`; then check them all."""
     for stream, _ in streams:
         await until_async(

@@ -103,6 +103,5 @@ async def test_writes_while_etcd_is_away_reach_each_range(etcd: EtcdServer) -> N
             await until_async(
                 lambda e=each: any(answer.watch_id == -1 for answer in e.stream.responses),  # type: ignore[misc]
                 "progress",
-                20,
             )
             assert check(each.log(), truth, last, safe_headers=True) == [], each.log()

@@ -50,7 +50,7 @@ async def grpc_watches(target: str, path: Path, policy: str) -> AsyncIterator[li
             streams[-1].add()
         tasks = [asyncio.create_task(stream.run()) for stream in streams]
         # One that is created after the last write would wait for an event in vain.
-        await until_async(lambda: all(stream.is_created for stream in streams), "all watches", 30)
+        await until_async(lambda: all(stream.is_created for stream in streams), "all watches")
         yield streams
         for task in tasks:
             task.cancel()
@@ -117,7 +117,7 @@ async def test_rolling_restart(etcd: EtcdServer, policy: str, how: signal.Signal
         await writer.more(20)
         async with grpc_watches(f"ipv4:{both}", tmp_path / "spool", policy) as streams:
             with watching(etcdctl_watch(binary, both), by_etcdctl), watching(node_watch(both), by_node):
-                await asyncio.to_thread(until, lambda: by_node.read_text(), "Node to begin", 20)
+                await asyncio.to_thread(until, lambda: by_node.read_text(), "Node to begin")
                 for proxy in (first, second):
                     status = await asyncio.to_thread(proxy.stop, how)
                     assert status == (0 if how is signal.SIGTERM else -how)

@@ -128,7 +128,7 @@ async def test_a_restore_cancels_once_through_two_tiers(etcd: EtcdServer, tmp_pa
         breaks = leaf.upstream.breaks
         for connection in tuple(next_to_etcd(leaf).listener.connections):
             connection.abort()
-        await until_async(lambda: leaf.upstream.breaks > breaks and leaf.upstream.connected, "the hub again", 20)
+        await until_async(lambda: leaf.upstream.breaks > breaks and leaf.upstream.connected, "the hub again")
         revision = await calls.put(PREFIX + b"a", b"new")
         await until_async(lambda: again.values, "an event")
         assert again.responses[-1].events[0].kv.mod_revision == revision

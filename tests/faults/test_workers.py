@@ -51,7 +51,7 @@ async def started(
     proxy.prefix = list(prefix)
     try:
         await asyncio.to_thread(proxy.start)
-        await asyncio.to_thread(until, lambda: len(proxy.processes()) == 3, "all processes", 20)
+        await asyncio.to_thread(until, lambda: len(proxy.processes()) == 3, "all processes")
         yield proxy
     finally:
         await asyncio.to_thread(proxy.__exit__, sys.exc_info()[1])
@@ -67,7 +67,7 @@ async def killed_and_replaced(proxy: ProxyProcess, *names: str) -> None:
         now = proxy.processes()
         return all(now.get(name) not in (None, before[name]) for name in names)
 
-    await asyncio.to_thread(until, replaced, f"the successors of {names}", 30)
+    await asyncio.to_thread(until, replaced, f"the successors of {names}")
 
 
 @dataclass
@@ -164,7 +164,7 @@ async def reloaded_without_hub(scene: Scene) -> None:
         parent.send_signal(signal.SIGHUP)
         return scene.proxy.processes().get("hub") not in (None, before)
 
-    await asyncio.to_thread(until, replaced, "the next hub", 30)
+    await asyncio.to_thread(until, replaced, "the next hub")
     await scene.calls_go_on()
 
 

@@ -504,8 +504,9 @@ async def test_a_server_that_stops_answering_is_noticed() -> None:
 async def test_silent_endpoint_delays_no_other() -> None:
     async with scripted() as silent, scripted() as etcd:
         silent.mute = True
-        async with watching(f"{silent.endpoint},{etcd.endpoint}", Recorder()) as client:
-            await until_async(lambda: (client.server or ())[:2] == (etcd.endpoint, "3.5.30"), "the other", timeout_s=4)
+        settings = UpstreamSettings(connection=ConnectionSettings(connect_timeout_s=3600), status_timeout_s=3600)
+        async with watching(f"{silent.endpoint},{etcd.endpoint}", Recorder(), settings) as client:
+            await until_async(lambda: (client.server or ())[:2] == (etcd.endpoint, "3.5.30"), "the other")
 
 
 async def test_listener_may_call_the_client_from_a_callback() -> None:

@@ -18,13 +18,13 @@ from tests.waiting import LIMIT_S, until_async
 from upstream.endpoints import parse_endpoint
 
 
-async def ask(address: str, request: bytes, limit_s: float = 10) -> bytes:
+async def ask(address: str, request: bytes) -> bytes:
     """Send raw bytes and return the response until the connection ends."""
     host, _, port = address.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
         writer.write(request)
-        return await asyncio.wait_for(reader.read(), limit_s)
+        return await asyncio.wait_for(reader.read(), LIMIT_S)
     finally:
         writer.close()
 

@@ -91,16 +91,16 @@ def test_clients_do_not_take_what_etcd_and_probes_need() -> None:
                 until(lambda: proxy.metric('watchmux_limit_refusals_total{limit="connections_max"}') > 0, "refusals")
                 assert "too many client connections; refusing new ones" in proxy.log()
                 etcd.kill()
-                until(lambda: proxy.metric("watchmux_upstream_reachable") == 0, "the loss to be detected", 30)
+                until(lambda: proxy.metric("watchmux_upstream_reachable") == 0, "the loss to be detected")
                 assert live(proxy) == "ok\n"
                 etcd.start()
-                until(lambda: proxy.metric("watchmux_upstream_reachable") == 1, "etcd to be found again", 30)
+                until(lambda: proxy.metric("watchmux_upstream_reachable") == 1, "etcd to be found again")
                 etcd.ctl("put", "key", "value")
                 assert [watching.stdout.readline() for _ in range(3)] == ["PUT\n", "key\n", "value\n"]
                 assert live(proxy) == "ok\n"
             watching.send_signal(signal.SIGTERM)
         # Their descriptors are free again.
-        until(lambda: proxy.metric("watchmux_connections") < 10, "the clients to be gone", 30)
+        until(lambda: proxy.metric("watchmux_connections") < 10, "the clients to be gone")
 
 
 def test_tls_clients_do_not_take_reserved_descriptors(tmp_path: Path) -> None:
@@ -112,9 +112,9 @@ def test_tls_clients_do_not_take_reserved_descriptors(tmp_path: Path) -> None:
             until(lambda: proxy.metric('watchmux_limit_refusals_total{limit="connections_max"}') > 0, "refusals")
             etcd.kill()
             etcd.start()
-            until(lambda: proxy.metric("watchmux_upstream_reachable") == 1, "etcd to be found again", 30)
+            until(lambda: proxy.metric("watchmux_upstream_reachable") == 1, "etcd to be found again")
             assert live(proxy) == "ok\n"
-        until(lambda: proxy.metric("watchmux_connections") == 0, "the clients to be gone", 30)
+        until(lambda: proxy.metric("watchmux_connections") == 0, "the clients to be gone")
 
 
 @pytest.mark.parametrize("secure", [False, True])
@@ -135,5 +135,5 @@ def test_the_proxy_survives_running_out_of_descriptors(etcd: EtcdServer, tmp_pat
             until(lambda: time.monotonic() - began > 2, "some time to pass")
             assert proxy.cpu_s() - cpu < 1.5
         resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
-        until(lambda: proxy.metric("watchmux_connections") == 0, "the clients to be gone", 30)
+        until(lambda: proxy.metric("watchmux_connections") == 0, "the clients to be gone")
         assert live(proxy) == "ok\n"

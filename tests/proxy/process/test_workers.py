@@ -67,7 +67,7 @@ async def test_workers_share_one_upstream_watch_and_one_page(etcd: EtcdServer, s
     assert shown["now"]["watches"] == shown["now"]["connections"] == 24
     assert shown["now"]["trunks"] == 1
     await until_async(
-        lambda: [trunk["watches"] for trunk in served.overview()["trunks"]] == [24], "the watches of the range", 10
+        lambda: [trunk["watches"] for trunk in served.overview()["trunks"]] == [24], "the watches of the range"
     )
     assert shown["now"]["serving"]
     assert served.process is not None

@@ -140,7 +140,7 @@ async def test_endpoints_covers_and_limits_change_for_all(etcd: EtcdServer, sett
         # A process that starts later uses the endpoints of now, also the hub.
         await restarted(proxy, "hub")
         await until_async(
-            lambda: [each["endpoint"] for each in proxy.overview()["endpoints"]] == [other], "its endpoint", 20
+            lambda: [each["endpoint"] for each in proxy.overview()["endpoints"]] == [other], "its endpoint"
         )
         await writer.more(10)
         await all_kept(streams, etcd.endpoint, await writer.stop())
@@ -187,7 +187,7 @@ async def test_a_hub_that_dies_during_a_change(etcd: EtcdServer, tmp_path: Path)
         # The second time the hub has not answered yet.
         changes = ((first, second, "endpoints updated"), (second, third, "settings reloaded"))
         for count, (old, new, logged) in enumerate(changes, 1):
-            hub = await asyncio.to_thread(until, lambda: proxy.processes().get("hub"), "its process id", 20)
+            hub = await asyncio.to_thread(until, lambda: proxy.processes().get("hub"), "its process id")
             old.cut()
             settings.write(new.endpoint)
             await settings.reload(logged)
