@@ -38,8 +38,6 @@ OTHER_HISTORY = "watchmux: the history of the store was replaced (restored from 
 class Cancellation:
     """Ends watches and sessions."""
 
-    __slots__ = ("_placement", "_progress", "_reads", "_replayer", "_state", "_trunks")
-
     def __init__(
         self,
         state: CoreState,

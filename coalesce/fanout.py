@@ -29,8 +29,6 @@ from proto.spans import is_in
 class Fanout:
     """Moves sources forward, and the watches that follow them."""
 
-    __slots__ = ("_state",)
-
     def __init__(self, state: CoreState) -> None:
         self._state = state
 

@@ -253,8 +253,6 @@ def _passing(events: Sequence[Event], variant: int, span: Span | None) -> Sequen
 class HistoryBudget:
     """All batches of all histories, in the order of their arrival."""
 
-    __slots__ = ("_evictions", "_goes_on", "_kept", "discarded", "entries", "limits", "stats")
-
     def __init__(self, limits: CoreLimits, stats: Stats) -> None:
         self.limits = limits
         self.stats = stats

@@ -50,8 +50,6 @@ accepts 512 KiB in any case (server/embed/config.go, grpcOverheadBytes), and tho
 class Admission:
     """Processes the request queue of each session, and turns creates into watches."""
 
-    __slots__ = ("_cancellation", "_placement", "_position", "_progress", "_reads", "_state", "_trunks", "left")
-
     def __init__(
         self,
         state: CoreState,

@@ -45,8 +45,6 @@ _ENDS_OF_STREAMS = (Status.UNAVAILABLE, Status.RESOURCE_EXHAUSTED)
 class Losses:
     """Ends the watches of upstream watches that etcd has ended, or gives them another one."""
 
-    __slots__ = ("_cancellation", "_placement", "_progress", "_reads", "_state", "_trunks")
-
     def __init__(
         self,
         state: CoreState,

@@ -35,20 +35,6 @@ EXAMINED_MAX: Final = 1000
 class CoverMover:
     """Moves the watches of the trunks in `to_move`."""
 
-    __slots__ = (
-        "_awaited",
-        "_awaited_now",
-        "_idle",
-        "_look_at",
-        "_notifying",
-        "_placement",
-        "_requests",
-        "_state",
-        "_to_examine",
-        "_trunks",
-        "_waiters",
-    )
-
     def __init__(
         self,
         state: CoreState,

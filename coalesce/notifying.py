@@ -54,8 +54,6 @@ _TRUNK_OF = attrgetter("trunk")
 class NotifyInterval:
     """Etcd's interval of progress notifications, learnt from those on the current connection."""
 
-    __slots__ = ("_last_s", "_longer_than_s", "_seconds", "_taken_at", "since")
-
     def __init__(self) -> None:
         # When the connection was made: earlier notifications are of another stream, and maybe of another server.
         self.since = -1.0
@@ -110,8 +108,6 @@ def _is_quiet(watch: Watch, round_revision: int) -> bool:
 
 class ProgressNotifier:
     """Makes rounds of progress over the watches that asked for it."""
-
-    __slots__ = ("_proven", "_requests", "_rounds", "_state", "_waiters", "pace")
 
     def __init__(self, state: CoreState, waiters: ProgressWaiters, requests: ProgressRequests) -> None:
         self._state = state

@@ -45,8 +45,6 @@ UPGRADED_MAX: Final = 1_000
 class Placement:
     """Places watches; opens, shares, paces and closes backfills."""
 
-    __slots__ = ("_begun", "_fanout", "_requests", "_state", "left")
-
     def __init__(self, state: CoreState, fanout: Fanout, requests: ProgressRequests) -> None:
         self._state = state
         self._fanout = fanout

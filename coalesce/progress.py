@@ -45,8 +45,6 @@ TRUNKS_PER_LOOK_MAX = 10_000
 class Progress:
     """Answers to sessions and rounds that wait for progress, and bookmarks that stay fresh."""
 
-    __slots__ = ("_bookmark_at", "_notifying", "_oldest", "_parts", "_requests", "_state", "_to_look", "_waiters")
-
     def __init__(
         self, state: CoreState, waiters: ProgressWaiters, requests: ProgressRequests, notifying: ProgressNotifier
     ) -> None:

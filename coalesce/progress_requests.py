@@ -31,8 +31,6 @@ _LOOKED_AT_MAX = 10_000
 class _Request:
     """The upstream watches that one request asks."""
 
-    __slots__ = ("_again", "_now", "_retry_s", "_streams", "_streams_max", "chosen", "full", "looked_at")
-
     def __init__(self, now: float, retry_s: float, again: bool) -> None:
         self._now = now
         self._retry_s = retry_s
@@ -70,18 +68,6 @@ class _Request:
 
 class ProgressRequests:
     """Makes and repeats the requests."""
-
-    __slots__ = (
-        "_asked_at",
-        "_begun",
-        "_pause_s",
-        "_retry_at",
-        "_soon_at",
-        "_state",
-        "_unasked",
-        "_waiters",
-        "_wanted",
-    )
 
     def __init__(self, state: CoreState, waiters: ProgressWaiters) -> None:
         self._state = state

@@ -106,8 +106,6 @@ class RangeIndex(Generic[T]):
 class CoverTable:
     """The configured covers: prefixes below which all ranges share one upstream watch."""
 
-    __slots__ = ("_lengths", "prefixes", "suspended")
-
     def __init__(self, prefixes: Iterable[bytes] = ()) -> None:
         self.prefixes = frozenset(prefixes)
         # Those that etcd has refused, each with the time when it is tried again.

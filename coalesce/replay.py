@@ -39,8 +39,6 @@ WATCH_EVENTS: Final = 10
 class Replayer:
     """Handles stalls and undelivered payloads, and replays lagging watches."""
 
-    __slots__ = ("_joined", "_placement", "_requests", "_state", "left_events")
-
     def __init__(self, state: CoreState, requests: ProgressRequests, placement: Placement) -> None:
         self._state = state
         self._requests = requests

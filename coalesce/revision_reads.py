@@ -17,8 +17,6 @@ from proto.scan import Header
 class RevisionReads:
     """The read in flight, the next one, and the answers that are not used yet."""
 
-    __slots__ = ("_state", "answered", "current", "later")
-
     def __init__(self, state: CoreState) -> None:
         self._state = state
         # The read in flight, and the next one, for creates that arrived since.

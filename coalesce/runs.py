@@ -33,8 +33,6 @@ PATIENCE_S: Final = 1.0
 class FragmentRuns:
     """Begins runs and ends them."""
 
-    __slots__ = ("_placement", "_replayer", "_state")
-
     def __init__(self, state: CoreState, placement: Placement, replayer: Replayer) -> None:
         self._state = state
         self._placement = placement

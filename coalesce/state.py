@@ -6,7 +6,7 @@ sets here (`to_advance`, `to_replay`), which the Coalescer passes to the part co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from coalesce.effects import CloseUpstream, Effect, EndSession, OpenUpstream, Send
 from coalesce.history import History, HistoryBudget
@@ -42,110 +42,77 @@ class SourceEnd:
     creates: list[PendingCreate]
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class CoreState:
     """The shared state of one Coalescer."""
 
-    __slots__ = (
-        "backfills",
-        "compact_revision",
-        "covers",
-        "effects",
-        "ending",
-        "header",
-        "header_at",
-        "lagging_sessions",
-        "leaving",
-        "ledger",
-        "limits",
-        "lingers",
-        "notices",
-        "now",
-        "ordered_progress",
-        "parked",
-        "progress_serial",
-        "queued",
-        "restored",
-        "restoring",
-        "runs",
-        "sessions",
-        "stats",
-        "to_advance",
-        "to_advance_later",
-        "to_ask",
-        "to_end",
-        "to_move",
-        "to_prepare",
-        "to_promote",
-        "to_replay",
-        "to_replay_later",
-        "trunks",
-        "upstreams",
-    )
+    limits: CoreLimits
+    # etcd orders manual progress with events, and answers it for quiet watches (3.4.31, 3.5.13 and later).
+    ordered_progress: bool
+    stats: Stats = field(default_factory=Stats)
+    ledger: HistoryBudget = field(init=False)
+    # Seconds, monotonic: the latest time passed in.
+    now: float = 0.0
+    # Effects of the current input.
+    effects: list[Effect] = field(default_factory=list)
+    # The newest header of any answer; None = none yet.
+    header: Header | None = None
+    # When an answer with the store's revision was last received; events do not count.
+    header_at: float = float("-inf")
+    # The highest revision at which a compaction ended an upstream watch; it applies to every range.
+    compact_revision: int = 0
+    # Progress requests made so far (see progress_requests).
+    progress_serial: int = 0
+    sessions: dict[Session, None] = field(default_factory=dict)
+    # Sessions that are to end UNAVAILABLE, with this text: without a leader, or at a limit.
+    to_end: dict[Session, str] = field(default_factory=dict)
+    # Ended sessions whose watches are not all removed yet.
+    leaving: dict[Session, None] = field(default_factory=dict)
+    # Trunks by name, covers included.
+    trunks: dict[TrunkName, Trunk] = field(default_factory=dict)
+    # Trunks without an upstream watch, whose histories are kept; ordered by when they were parked, oldest first.
+    parked: dict[TrunkName, Trunk] = field(default_factory=dict)
+    # The prefixes of the covers.
+    covers: CoverTable = field(init=False)
+    # Trunks whose watches are to move to a cover, and covers whose watches are to leave it, see `moving`.
+    to_move: dict[Trunk, None] = field(default_factory=dict)
+    # All backfills, upgrades included.
+    backfills: dict[Backfill, None] = field(default_factory=dict)
+    # Sources whose upstream watch has ended, and whose watches end or get another source.
+    ending: dict[Source, SourceEnd] = field(default_factory=dict)
+    # Since the store has another history: its header then, the trunks that are not restarted yet, and how many of
+    # the watches of each are still to be examined (None = all). None = it has not, or all are restarted.
+    restored: Header | None = None
+    restoring: dict[Trunk, int | None] = field(default_factory=dict)
+    # All upstream watches that are open at etcd.
+    upstreams: dict[Upstream, None] = field(default_factory=dict)
+    # Sources whose run is incomplete.
+    runs: dict[Source, FragmentRun] = field(default_factory=dict)
+    # Sessions that are stalled or have lagging watches, those that have been behind longest first.
+    lagging_sessions: dict[Session, None] = field(default_factory=dict)
+    # Watches queued for a backfill, by range: that of their trunk, or of their branch below a cover.
+    queued: dict[Trunk | CoverBranch[Group], dict[Watch, None]] = field(default_factory=dict)
+    # Trunks without watches.
+    lingers: Timers[Trunk] = field(default_factory=Timers)
+    # Trunks with watches that asked for progress_notify.
+    notices: Timers[NotifiedWatches] = field(default_factory=Timers)
+    # Sessions whose requests may be decided: at the end of this input, and at the next timer.
+    to_advance: dict[Session, None] = field(default_factory=dict)
+    to_advance_later: dict[Session, None] = field(default_factory=dict)
+    # Creates whose trunk has ended; they need another one at the end of this input.
+    to_prepare: dict[PendingCreate, None] = field(default_factory=dict)
+    # Backfills some of whose watches may move to the trunk, and how many of them are to be examined.
+    to_promote: dict[Backfill, int] = field(default_factory=dict)
+    # Sessions to be replayed, in turn: at the end of this input, and at the next timer; and how many bytes each
+    # takes now; None: not known.
+    to_replay: dict[Session, int | None] = field(default_factory=dict)
+    to_replay_later: dict[Session, int | None] = field(default_factory=dict)
+    # Upstream watches to be asked for progress, besides those of sessions that wait.
+    to_ask: dict[Upstream, None] = field(default_factory=dict)
 
-    def __init__(self, limits: CoreLimits, ordered_progress: bool) -> None:
-        self.limits = limits
-        # etcd orders manual progress with events, and answers it for quiet watches (3.4.31, 3.5.13 and later).
-        self.ordered_progress = ordered_progress
-        self.stats = Stats()
-        self.ledger = HistoryBudget(limits, self.stats)
-        # Seconds, monotonic: the latest time passed in.
-        self.now = 0.0
-        # Effects of the current input.
-        self.effects: list[Effect] = []
-        # The newest header of any answer; None = none yet.
-        self.header: Header | None = None
-        # When an answer with the store's revision was last received; events do not count.
-        self.header_at = float("-inf")
-        # The highest revision at which a compaction ended an upstream watch; it applies to every range.
-        self.compact_revision = 0
-        # Progress requests made so far (see progress_requests).
-        self.progress_serial = 0
-        self.sessions: dict[Session, None] = {}
-        # Sessions that are to end UNAVAILABLE, with this text: without a leader, or at a limit.
-        self.to_end: dict[Session, str] = {}
-        # Ended sessions whose watches are not all removed yet.
-        self.leaving: dict[Session, None] = {}
-        # Trunks by name, covers included.
-        self.trunks: dict[TrunkName, Trunk] = {}
-        # Trunks without an upstream watch, whose histories are kept; ordered by when they were parked, oldest first.
-        self.parked: dict[TrunkName, Trunk] = {}
-        # The prefixes of the covers.
-        self.covers = CoverTable(limits.covers)
-        # Trunks whose watches are to move to a cover, and covers whose watches are to leave it, see `moving`.
-        self.to_move: dict[Trunk, None] = {}
-        # All backfills, upgrades included.
-        self.backfills: dict[Backfill, None] = {}
-        # Sources whose upstream watch has ended, and whose watches end or get another source.
-        self.ending: dict[Source, SourceEnd] = {}
-        # Since the store has another history: its header then, the trunks that are not restarted yet, and how many of
-        # the watches of each are still to be examined (None = all). None = it has not, or all are restarted.
-        self.restored: Header | None = None
-        self.restoring: dict[Trunk, int | None] = {}
-        # All upstream watches that are open at etcd.
-        self.upstreams: dict[Upstream, None] = {}
-        # Sources whose run is incomplete.
-        self.runs: dict[Source, FragmentRun] = {}
-        # Sessions that are stalled or have lagging watches, those that have been behind longest first.
-        self.lagging_sessions: dict[Session, None] = {}
-        # Watches queued for a backfill, by range: that of their trunk, or of their branch below a cover.
-        self.queued: dict[Trunk | CoverBranch[Group], dict[Watch, None]] = {}
-        # Trunks without watches.
-        self.lingers: Timers[Trunk] = Timers()
-        # Trunks with watches that asked for progress_notify.
-        self.notices: Timers[NotifiedWatches] = Timers()
-        # Sessions whose requests may be decided: at the end of this input, and at the next timer.
-        self.to_advance: dict[Session, None] = {}
-        self.to_advance_later: dict[Session, None] = {}
-        # Creates whose trunk has ended; they need another one at the end of this input.
-        self.to_prepare: dict[PendingCreate, None] = {}
-        # Backfills some of whose watches may move to the trunk, and how many of them are to be examined.
-        self.to_promote: dict[Backfill, int] = {}
-        # Sessions to be replayed, in turn: at the end of this input, and at the next timer; and how many bytes each
-        # takes now; None: not known.
-        self.to_replay: dict[Session, int | None] = {}
-        self.to_replay_later: dict[Session, int | None] = {}
-        # Upstream watches to be asked for progress, besides those of sessions that wait.
-        self.to_ask: dict[Upstream, None] = {}
+    def __post_init__(self) -> None:
+        self.ledger = HistoryBudget(self.limits, self.stats)
+        self.covers = CoverTable(self.limits.covers)
 
     def new_history(self, floor: int, has_prev_kv: bool) -> History:
         """Return an empty history that begins at `floor`."""

@@ -36,8 +36,6 @@ BATCHES_DROPPED: Final = 10
 class Trunks:
     """Opens, lingers, parks and closes trunks."""
 
-    __slots__ = ("_placement", "_state")
-
     def __init__(self, state: CoreState, placement: Placement) -> None:
         self._state = state
         self._placement = placement

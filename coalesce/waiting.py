@@ -33,8 +33,6 @@ class FreshnessTargets:
     stream) lowers the targets of the earlier ones as well. Bounded: a request without a target uses a later one's.
     """
 
-    __slots__ = ("_numbers", "_revisions")
-
     def __init__(self) -> None:
         self._numbers: list[int] = []
         self._revisions: list[int] = []
@@ -65,8 +63,6 @@ class FreshnessTargets:
 
 class ProgressWaiters:
     """The sessions with progress_needs, and the rounds of progress_notify that wait for progress."""
-
-    __slots__ = ("_state", "_under", "rounds", "sessions", "targets", "to_check")
 
     def __init__(self, state: CoreState) -> None:
         self._state = state

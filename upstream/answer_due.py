@@ -17,8 +17,6 @@ TRY_AGAIN_S: Final = 1.0
 class AnswerDue:
     """Since when the server of one connection owes an answer."""
 
-    __slots__ = ("_streams", "since")
-
     def __init__(self, streams: Sized) -> None:
         """`streams`: the connection's collection of open streams."""
         self._streams = streams

@@ -69,8 +69,6 @@ class ServerInUse(NamedTuple):
 class Server:
     """A server that answered, and its status."""
 
-    __slots__ = ("connection", "has_leader", "header", "ordered_progress", "position", "target", "version")
-
     def __init__(self, target: Target, connection: ClientConnection) -> None:
         self.target = target
         self.connection = connection
@@ -100,20 +98,6 @@ class Examined(NamedTuple):
 
 class Target:
     """One endpoint, and its state between attempts."""
-
-    __slots__ = (
-        "backoff",
-        "endpoint",
-        "is_proxy",
-        "leaderless",
-        "loop",
-        "not_before",
-        "route",
-        "settings",
-        "tried",
-        "turn",
-        "unimplemented",
-    )
 
     def __init__(self, endpoint: Endpoint, settings: UpstreamSettings, is_proxy: bool = False) -> None:
         self.endpoint = endpoint

@@ -132,8 +132,6 @@ class Backoff:
     hammered. The endpoint must have worked for as long as the longest delay.
     """
 
-    __slots__ = ("_delay_s", "_first_s", "_jitter", "_max_s", "_success_at")
-
     def __init__(
         self,
         first_s: float = BACKOFF_FIRST_S,

@@ -46,8 +46,6 @@ class Request(NamedTuple):
 class Hedging:
     """How long answers usually take, and which calls are late because of it: one timer for all calls."""
 
-    __slots__ = ("_timer", "_waiting", "hedged", "usual_s")
-
     def __init__(self) -> None:
         # How long an answer usually takes, in seconds.
         self.usual_s = 0.0
@@ -98,20 +96,6 @@ class Endpoints(Protocol):
 
 class HedgedCall:
     """One call and its attempts. If an endpoint is connected, `start` sends the call before it returns."""
-
-    __slots__ = (
-        "_attempts",
-        "_began",
-        "_callback",
-        "_calls",
-        "_endpoints",
-        "_hedging",
-        "_loop",
-        "_processed",
-        "_request",
-        "deadline",
-        "due",
-    )
 
     def __init__(
         self, endpoints: Endpoints, hedging: Hedging, request: Request, deadline: float, callback: OutcomeCallback

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 class Namespace:
     """One prefix, and the translation of keys, ranges and messages."""
 
-    __slots__ = ("_message", "end", "prefix")
-
     def __init__(self, prefix: bytes) -> None:
         """`prefix` must not be empty."""
         assert prefix

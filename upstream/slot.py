@@ -38,27 +38,6 @@ class SlotOwner(Protocol):
 class Slot:
     """See the module. `start` starts connecting."""
 
-    __slots__ = (
-        "_backoff",
-        "_ids",
-        "_log",
-        "_look",
-        "_looked_at",
-        "_lost",
-        "_owner",
-        "_problems",
-        "_settings",
-        "_task",
-        "_turn",
-        "connection_settings",
-        "connections",
-        "endpoint",
-        "failure",
-        "fitness",
-        "leaving",
-        "retired",
-    )
-
     def __init__(
         self,
         endpoint: Endpoint,

@@ -63,8 +63,6 @@ class TooManyFields(Exception):
 class HeaderEncoder:
     """Encodes header lists for one connection."""
 
-    __slots__ = ("_encoder", "_memo")
-
     def __init__(self) -> None:
         self._encoder = Encoder()
         # Field -> its encoded form; valid until the dynamic table changes.
@@ -129,20 +127,6 @@ class HeaderDecoder:
 
     Usage: `feed` each part, then `finish`.
     """
-
-    __slots__ = (
-        "_count",
-        "_fields",
-        "_list_bytes",
-        "_rest",
-        "_skip",
-        "_string_bytes_max",
-        "fields_max",
-        "list_bytes_max",
-        "oversized",
-        "table",
-        "table_bytes_max",
-    )
 
     def __init__(self, list_bytes_max: int, table_bytes_max: int, fields_max: int) -> None:
         self.list_bytes_max = list_bytes_max

@@ -79,8 +79,6 @@ def quantile(share: float, bounds: tuple[float, ...], counts: list[int]) -> floa
 class DeliveryDelays:
     """Records, after the writes of each turn, the time since the oldest event among them was received."""
 
-    __slots__ = ("_histogram", "_unsorted")
-
     def __init__(self, output: WriteQueue) -> None:
         self._histogram = Histogram()
         # Delays not yet in the histogram: code that each single event needs must be fetched into the CPU's cache again.

@@ -50,7 +50,6 @@ log = logs.logger("probe")
 class LoopbackConnection(ServerConnection):
     """The proxy's side: an ordinary connection that is not one of the listener's, whose limits and drain ignore it."""
 
-    __slots__ = ()
     of_client = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

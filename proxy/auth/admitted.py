@@ -23,8 +23,6 @@ AdmittedRanges = dict["Range", None] | None
 class AdmittedSessions:
     """The sessions, and the ranges that each was admitted for."""
 
-    __slots__ = ("_before", "_count", "_since")
-
     def __init__(self) -> None:
         # Admitted before the newest probe began, and since.
         self._before: dict[Session, AdmittedRanges] = {}

@@ -57,8 +57,6 @@ class AuthorizedRange(Protocol):
 class RestoreDetector:
     """Compares the revision of each read with the revision known before."""
 
-    __slots__ = ("_epoch", "_newest_read", "_tried", "unproven")
-
     def __init__(self) -> None:
         # There was no linearizable read since the last connection.
         self.unproven = False

@@ -95,30 +95,6 @@ class ServerConnection(asyncio.Protocol):
     of_client = True
     """False: it is the self-probe's, whose calls are not counted as those of clients."""
 
-    __slots__ = (
-        "_calls",
-        "_client_erred",
-        "_closing_since",
-        "_first_bytes",
-        "_input_deferred",
-        "_listener",
-        "_pings",
-        "_queued",
-        "_read_paused",
-        "_transport",
-        "_unread_bytes",
-        "_unwritten",
-        "_write_paused",
-        "bulky",
-        "dirty",
-        "h2",
-        "peer",
-        "sessions",
-        "times",
-        "turns",
-        "user_agent",
-    )
-
     def __init__(self, listener: ConnectionOwner) -> None:
         self.h2 = Connection(Role.SERVER, listener.settings.http2)
         self.dirty = False

@@ -36,8 +36,6 @@ class PingedConnection(Protocol):
 class LateAcknowledgements:
     """The connections that owe one, in the order in which they are due."""
 
-    __slots__ = ("_since", "_timer")
-
     def __init__(self) -> None:
         self._since: dict[PingedConnection, float] = {}
         self._timer: asyncio.TimerHandle | None = None

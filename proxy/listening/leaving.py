@@ -20,8 +20,6 @@ log = logs.logger("listener")
 class ClosedStreamReaper:
     """Notifies the handlers of closed streams: now as far as this turn of the loop allows, the rest in later turns."""
 
-    __slots__ = ("_left", "_per_turn", "_turning", "_waiting")
-
     def __init__(self, per_turn: int) -> None:
         """`per_turn`: streams whose handlers are notified in one turn of the loop."""
         self._per_turn = self._left = per_turn

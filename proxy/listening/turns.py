@@ -44,8 +44,6 @@ class DeferredHandler(Protocol):
 class TurnBudget:
     """The work budget of one turn of the loop, and the workers that wait for a turn."""
 
-    __slots__ = ("_per_turn", "_refill_below", "_turning", "_waiting", "left")
-
     def __init__(self, per_turn: int) -> None:
         """`per_turn`: work of one turn, in units; 0: no bound."""
         self._per_turn = per_turn or UNBOUNDED

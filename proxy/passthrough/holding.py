@@ -175,8 +175,6 @@ def _now() -> float:
 class _ProblemLog:
     """Logs why calls are refused: the first at once, further ones at intervals with their number."""
 
-    __slots__ = ("_calls", "_not_before")
-
     def __init__(self) -> None:
         self._calls = 0
         self._not_before = 0.0

@@ -21,8 +21,6 @@ Alarm = tuple[int, "rpc_pb2.AlarmType.ValueType"]
 class Alarms:
     """The raised alarms."""
 
-    __slots__ = ("_raised",)
-
     def __init__(self) -> None:
         self._raised: dict[Alarm, None] = {}
 

@@ -44,8 +44,6 @@ class Permissions:
 class Auth:
     """The auth store. `user` arguments are names; None is a call without a token."""
 
-    __slots__ = ("_permissions", "_tokens", "enabled", "revision", "roles", "users")
-
     def __init__(self) -> None:
         self.enabled = False
         self.revision = FIRST_AUTH_REVISION

@@ -89,8 +89,6 @@ def check_write_size(data: bytes) -> None:
 class Calls:
     """What the handlers of all services share: the byte counters, and the lookup of a call's user."""
 
-    __slots__ = ("_auth", "traffic")
-
     def __init__(self, auth: Auth) -> None:
         self._auth = auth
         self.traffic = Traffic()

@@ -46,8 +46,6 @@ class RevisionRecord:
 class SortedKeys:
     """The keys in order: a list of sorted chunks, each at most CHUNK_KEYS_MAX long."""
 
-    __slots__ = ("_chunks", "_lasts")
-
     def __init__(self, keys: Iterable[bytes] = ()) -> None:
         """Start with the given keys, in any order, without duplicates."""
         ordered = sorted(keys)

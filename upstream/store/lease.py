@@ -48,8 +48,6 @@ class Lease:
 class Lessor:
     """All leases of the store."""
 
-    __slots__ = ("_by_key", "_expiries", "_leases", "ttl_min_s")
-
     def __init__(self, ttl_min_s: int = TTL_MIN_S) -> None:
         self.ttl_min_s = ttl_min_s
         self._leases: dict[int, Lease] = {}

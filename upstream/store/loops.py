@@ -58,8 +58,6 @@ async def expire_leases(state: StoreState, writer: StoreWriter) -> None:
 class Compactor:
     """Does the physical part of compactions, in steps."""
 
-    __slots__ = ("_mvcc", "_task", "_writer")
-
     def __init__(self, mvcc: Mvcc, writer: StoreWriter) -> None:
         self._mvcc = mvcc
         self._writer = writer

@@ -43,17 +43,6 @@ Changes = tuple[RevisionRecord, ...]
 class Mvcc:
     """The store itself. `revision` is the newest; reads below `compact_revision` are refused."""
 
-    __slots__ = (
-        "_compaction_queue",
-        "_log",
-        "_log_start",
-        "compact_revision",
-        "index",
-        "on_drop",
-        "revision",
-        "size_bytes",
-    )
-
     def __init__(self) -> None:
         # Called with the records that a compaction step has removed.
         self.on_drop: Callable[[list[RevisionRecord]], None] = lambda _: None

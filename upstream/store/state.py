@@ -60,21 +60,6 @@ class CallStats:
 class StoreState:
     """The store's parts wired together, with one method per call. They raise StoreError where etcd refuses."""
 
-    __slots__ = (
-        "_random_id",
-        "_recorder",
-        "_unpublished",
-        "alarms",
-        "auth",
-        "head",
-        "identity",
-        "lessor",
-        "mvcc",
-        "raft_index",
-        "stats",
-        "watchable",
-    )
-
     def __init__(
         self,
         identity: StoreIdentity,

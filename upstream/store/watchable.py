@@ -131,8 +131,6 @@ class WatchStats:
 class WatchableStore:
     """The watchers of a multi-version store."""
 
-    __slots__ = ("_synced", "_unsynced", "_victims", "limits", "mvcc", "on_unsynced", "on_victim", "stats")
-
     def __init__(self, mvcc: Mvcc) -> None:
         self.mvcc = mvcc
         self.limits = WatchLimits()

@@ -30,8 +30,6 @@ TURNS_MAX = 400
 class StoreWriter:
     """Runs writes on a state in order of arrival."""
 
-    __slots__ = ("_commit_interval_s", "_queue", "_quiet_turns", "_recorder", "_state", "_turns", "failed", "failure")
-
     def __init__(
         self, state: StoreState, recorder: JournalRecorder | None = None, commit_interval_s: float = 0.0
     ) -> None:

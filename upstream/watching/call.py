@@ -66,22 +66,6 @@ class CallOwner(Protocol):
 class UpstreamWatchCall:
     """See the module; a `CallHandler`."""
 
-    __slots__ = (
-        "_feed",
-        "_goes_on",
-        "_held",
-        "_loop",
-        "_oldest",
-        "_oldest_since",
-        "_owner",
-        "_reported",
-        "_stream",
-        "_taken",
-        "_taken_max",
-        "_unsent",
-        "call",
-    )
-
     def __init__(self, owner: CallOwner, stream: WatchStream, settings: UpstreamSettings) -> None:
         self._owner = owner
         self._stream = stream

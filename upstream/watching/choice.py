@@ -71,8 +71,6 @@ class Unanswered(Protocol):
 class EndpointPolicy:
     """Which servers are acceptable."""
 
-    __slots__ = ("cut_off", "leaderless")
-
     def __init__(self) -> None:
         # No endpoint has a leader: watches are opened without `hasleader`.
         self.leaderless = False

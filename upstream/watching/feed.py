@@ -172,20 +172,6 @@ class LargePieces:
 class ResponseOrder:
     """The responses of one stream, in an order in which etcd could have sent them."""
 
-    __slots__ = (
-        "_buffer",
-        "_coming",
-        "_creates_waiting",
-        "_event_bytes_max",
-        "_large",
-        "_need",
-        "_new",
-        "_scan",
-        "_waiting_bytes",
-        "_waiting_ids",
-        "waiting",
-    )
-
     def __init__(self, scan: Callable[[bytes], WatchResponse], event_bytes_max: int) -> None:
         """`scan` reads a message; an event larger than `event_bytes_max` ends its watch."""
         self._scan = scan

@@ -65,8 +65,6 @@ class HistoryVerdict(Enum):
 class HistoryTracker:
     """The watched history: its position when it was last found to be the same."""
 
-    __slots__ = ("known",)
-
     def __init__(self) -> None:
         # None: no position is known yet.
         self.known: RaftPosition | None = None

@@ -19,8 +19,6 @@ REGISTERED_MAX: Final = 1000
 class Registrations:
     """In opening order; found by the id() of the listener's object, which need not be hashable."""
 
-    __slots__ = ("_all", "_coming")
-
     def __init__(self) -> None:
         self._all: dict[int, Registration] = {}
         self._coming: deque[Registration] = deque()

@@ -151,30 +151,6 @@ class HeldRevision:
 class WatchStream:
     """One Watch call upstream with one token; `own`: that of the proxy's own user; `group`: that of its suspects."""
 
-    __slots__ = (
-        "answered",
-        "answers_from",
-        "by_id",
-        "canceled_ids",
-        "creating",
-        "ended",
-        "group",
-        "held",
-        "kind",
-        "live",
-        "numbers",
-        "ordered",
-        "own",
-        "passed",
-        "paused",
-        "requested",
-        "shell",
-        "token",
-        "waiting",
-        "wanted",
-        "wanted_number",
-    )
-
     def __init__(self, token: bytes | None, kind: StreamKind, own: bool = False, group: int | None = None) -> None:
         self.token = token
         self.kind = kind

@@ -42,8 +42,6 @@ def kind_of(registration: Registration, *, is_live: bool) -> StreamKind:
 class Streams:
     """The open streams."""
 
-    __slots__ = ("_backfills", "_few", "_max", "_shared")
-
     def __init__(self, streams_max: Mapping[StreamKind, int] = STREAMS_MAX) -> None:
         self._max = streams_max
         # Of each token, the newest last.

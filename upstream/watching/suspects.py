@@ -17,8 +17,6 @@ from upstream.watching.stream import Registration, WatchStream
 class SuspectGroups:
     """Numbers groups of suspects: each is tried on a stream of its own."""
 
-    __slots__ = ("_groups", "waiting")
-
     def __init__(self) -> None:
         self._groups = 0
         # Some groups wait until others are done.
