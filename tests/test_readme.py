@@ -1,4 +1,4 @@
-"""The README's commands work as written and in their order; only ports are replaced by free ones.
+"""The README's commands work in their order, with free ports and short loads.
 
 The commands run in the directory they are written for, the checkout. Unlike in a fresh clone, `make demo` finds the
 environment already made; `test_make_demo_works_on_a_fresh_clone` uses a real clone.
@@ -26,7 +26,7 @@ README = ROOT / "README.md"
 LINES_MAX = 150
 ENDLESS = ("watchmux serve", "etcdctl")
 SMALL = ("--watches=200", "--streams=40", "--seconds=0.5")
-"""Shortens the demo; `test_make_demo_works_on_a_fresh_clone` runs it unchanged."""
+"""Shortens the loads of demo and measure; `test_make_demo_works_on_a_fresh_clone` runs the demo unchanged."""
 
 
 def commands() -> list[str]:
@@ -73,6 +73,8 @@ def test_the_commands_of_the_readme_work(etcd: EtcdServer) -> None:
                 command[:1] = [sys.executable, "-m", "proxy.cli"]
             if line.startswith("make "):
                 command = [sys.executable, "-m", "proxy.cli", "demo", *SMALL]
+            elif "measure" in command:
+                command += SMALL
             done.append(line)
             if not any(word in line for word in ENDLESS):
                 finished = subprocess.run(

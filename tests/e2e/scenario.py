@@ -46,21 +46,22 @@ def run(scenario: Coroutine[Any, Any, T], limit_s: float = 60.0) -> T:
     warning had become an exception.
     """
     failures: list[dict[str, Any]] = []
+    results: list[T] = []
 
-    async def guarded() -> T:
+    async def guarded() -> None:
+        # Not returned: the runner resets a signal handler, which formats the whole result, to raise and drop an error.
         asyncio.get_running_loop().set_exception_handler(lambda _, context: _note(context, failures))
         async with asyncio.timeout(limit_s):
-            result = await scenario
+            results.append(await scenario)
         await until_async(_are_closed, "connections to etcd to be closed")
-        return result
 
     runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
     try:
-        result = runner.run(guarded())
+        runner.run(guarded())
     finally:
         with warnings.catch_warnings(record=True) as left_open:
             warnings.simplefilter("always", ResourceWarning)
             runner.close()
         assert not failures, failures
     assert not left_open, [str(warning.message) for warning in left_open]
-    return result
+    return results[0]
