@@ -55,6 +55,7 @@ def test_a_real_etcd_counts_one_watcher_for_each_range(etcd: EtcdServer, capsys:
     assert etcd.ctl("get", "", "--prefix", "--keys-only").stdout.strip() == ""
 
 
+@pytest.mark.long  # `measure` with a cover runs in `make test`
 def test_unique_keys_below_a_cover_cost_one_watcher(etcd: EtcdServer, capsys: pytest.CaptureFixture[str]) -> None:
     """One cover with prev_kv, and perhaps one without, whose watches have not moved to the first yet."""
     assert run(["demo", *SMALL, "--cover", f"--endpoints={etcd.endpoint}", "--json"]) == 0
