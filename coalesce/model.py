@@ -332,9 +332,6 @@ class Upstream:
             if token not in refused:
                 yield token
 
-    def __repr__(self) -> str:
-        return f"Upstream({self.key!r}, {self.range_end!r}, start_revision={self.start_revision}, closed={self.closed})"
-
 
 @dataclass(slots=True, eq=False)
 class FragmentRun:

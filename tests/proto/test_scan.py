@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from proto.fields import ScanError
-from proto.pb import kv_pb2, rpc_pb2
+from proto.pb import rpc_pb2
 from proto.plain_request import PROGRESS, encode_cancel, encode_create
 from proto.scan import DELETE, PUT, Header, WatchResponse, encode_response, encode_watch_id, scan_watch_response
 from tests.proto.encoding import fixed32, fixed64, number, string
@@ -342,16 +342,3 @@ def test_encode_cancel_and_progress() -> None:
         assert encode_cancel(watch_id) == request.SerializeToString()
     progress = rpc_pb2.WatchRequest(progress_request=rpc_pb2.WatchProgressRequest())
     assert progress.SerializeToString() == PROGRESS
-
-
-def test_reads_what_the_library_writes() -> None:
-    kv = kv_pb2.KeyValue(key=b"a", create_revision=1, mod_revision=2, version=2, value=b"v", lease=-1)
-    response = rpc_pb2.WatchResponse(
-        header=rpc_pb2.ResponseHeader(cluster_id=1, member_id=2, revision=3, raft_term=4),
-        watch_id=1,
-        events=[kv_pb2.Event(kv=kv), kv_pb2.Event(type=kv_pb2.Event.DELETE, kv=kv, prev_kv=kv)],
-    )
-    read = scan_watch_response(response.SerializeToString())
-    assert [(event.kind, event.revision) for event in read.events] == [(PUT, 2), (DELETE, 2)]
-    joined = b"".join(event.encoded for event in read.events)
-    assert rpc_pb2.WatchResponse.FromString(encode_response(read.header, read.watch_id, events=joined)) == response

@@ -69,14 +69,6 @@ def test_a_too_large_message_is_refused_with_etcds_text(client: Client) -> None:
     assert answer == Refused(8, "grpc: received message larger than max (3145736 vs. 2097152)")
 
 
-def test_garbage_is_refused_without_harm(client: Client) -> None:
-    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = client.channel.unary_unary("/etcdserverpb.KV/Put")
-    with pytest.raises(grpc.RpcError) as error:
-        call(b"\xff\xff\xff", timeout=5)
-    assert refused(error.value).code == grpc.StatusCode.INTERNAL.value[0]
-    assert isinstance(client.ask(rpc_pb2.PutRequest(key=b"a")), rpc_pb2.PutResponse)
-
-
 def test_an_unimplemented_call_returns_the_reason(client: Client) -> None:
     maintenance = rpc_pb2_grpc.MaintenanceStub(client.channel)
     with pytest.raises(grpc.RpcError) as error:

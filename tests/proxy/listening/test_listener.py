@@ -10,7 +10,6 @@ from random import Random
 import pytest
 
 from proto.framing import Status, frame
-from proto.http2 import Http2Limits
 from proto.http2.frames import PREFACE
 from proxy.listening.connection import PART_PIECES_MAX
 from proxy.listening.settings import ListenerSettings
@@ -414,15 +413,6 @@ async def test_connection_above_the_limit_gets_goaway() -> None:
         call.send(b"x", end=True)
         assert await call.next() == b"x"
         await first.close()
-
-
-async def test_streams_above_the_limit_are_refused_one_by_one() -> None:
-    async with rig_of(ListenerSettings(http2=Http2Limits(max_streams=2))) as rig, await rig.connect() as client:
-        calls: list[RawStream] = [client.call(ECHO) for _ in range(3)]
-        await calls[2].end()
-        assert calls[2].reset == 7
-        calls[0].send(b"x", end=True)
-        assert await calls[0].next() == b"x"
 
 
 async def test_drain_in_two_steps() -> None:
