@@ -72,6 +72,17 @@ def free_port() -> int:
             return port
 
 
+def _loopback() -> list[str]:
+    """Return the loopback addresses of this machine; a container may have no IPv6."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        return [HOST, "::1"]
+    return [HOST]
+
+
+LOOPBACK = _loopback()
+
+
 class EtcdServer:
     """One single-member etcd. Use as a context manager, which removes all its files."""
 

@@ -23,7 +23,7 @@ from tests.e2e.raw_client import RawClient
 from tests.e2e.running import direct, proxy_for
 from tests.etcd.binaries import EtcdBinary, etcds
 from tests.etcd.secure import SecureEtcdServer, secure_options
-from tests.etcd.server import EtcdServer, free_port
+from tests.etcd.server import LOOPBACK, EtcdServer, free_port
 from tests.proxy.cli.test_cli_serve import Served
 from tests.proxy_process import serve_here
 from tests.upstream.certificates import make_certificates
@@ -194,20 +194,22 @@ def test_unusable_socket_path_is_a_one_line_error(
     assert (tmp_path / "file").read_text() == "keep me"
 
 
-def test_ipv6_on_both_sides(tmp_path: Path) -> None:
+@pytest.mark.parametrize("host", LOOPBACK)
+def test_a_loopback_address_on_both_sides(tmp_path: Path, host: str) -> None:
     etcd = EtcdServer()
-    behind = f"http://[::1]:{free_port()}"
+    shown = f"[{host}]" if ":" in host else host
+    behind = f"http://{shown}:{free_port()}"
     etcd.extra = [f"--listen-client-urls={etcd.url},{behind}"]
-    with etcd, serving(tmp_path, "[::1]:0", behind) as proxy:
+    with etcd, serving(tmp_path, f"{shown}:0", behind) as proxy:
         endpoint = str(proxy.serving()["address"])
-        assert endpoint.startswith("[::1]:")
+        assert endpoint.startswith(f"{shown}:")
         assert etcd.ctl("put", "a", "1", endpoint=endpoint).stdout == "OK\n"
         assert etcd.ctl("get", "a", endpoint=f"http://{endpoint}").stdout == "a\n1\n"
 
 
-async def test_all_interfaces_include_ipv4_and_ipv6(etcd: EtcdServer) -> None:
+async def test_all_interfaces_include_each_loopback_address(etcd: EtcdServer) -> None:
     async with proxy_for(etcd, host="", port=0) as proxy:
-        for host in ("127.0.0.1", "::1"):
+        for host in LOOPBACK:
             _, writer = await asyncio.open_connection(host, proxy.port)
             writer.close()
 
