@@ -29,13 +29,14 @@ class Deliver:
 
 @dataclass(slots=True, eq=False)
 class Send:
-    """Send a control answer on a session, after everything sent to it before, even when it is stalled.
+    """Send control answers on a session, after everything sent to it before, even when it is stalled.
 
-    `message` is one encoded WatchResponse after its 5 byte gRPC prefix, as in a payload.
+    Each of the messages is an encoded WatchResponse after its 5 byte gRPC prefix, as in a payload. Answers that follow
+    each other on a session are one effect.
     """
 
     session: Session
-    message: bytes
+    messages: list[bytes]
 
 
 @dataclass(slots=True, eq=False)

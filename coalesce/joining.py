@@ -129,17 +129,16 @@ class Admission:
         self._take_answered()
 
     def _take_answered(self) -> None:
-        """Continue the creates whose read is answered, as many as this step allows."""
-        answered = self._reads.answered
-        while answered and self.left > 0:
+        """Continue the creates whose read is answered, as many as this step allows; those of a session together."""
+        answered, to_advance = self._reads.answered, self._state.to_advance
+        for _ in range(min(len(answered), max(0, self.left))):
             create, header = answered.popleft()
             create.reading = False
             create.header = header
             if not create.session.ended:
-                self.left -= 1
                 if create.refusal is None and create.trunk is None:
                     self._prepare(create)
-                self._go_on_from(create.session, create)
+                to_advance[create.session] = None
 
     # the queue
 
@@ -204,34 +203,37 @@ class Admission:
     def _enter(self, session: Session, request: Pending) -> None:
         if session.ended:
             return
-        if session.queue is None:
-            session.queue = []
-        elif len(session.queue) >= self._state.limits.queue_max:
-            text = f"watchmux: more than {self._state.limits.queue_max} requests wait on one watch stream"
-            self._state.stats.refused_at["queue_max"] += 1
+        state, queue, size = self._state, session.queue, request.bytes
+        if queue is None:
+            queue = session.queue = []
+        elif len(queue) >= state.limits.queue_max:
+            text = f"watchmux: more than {state.limits.queue_max} requests wait on one watch stream"
+            state.stats.refused_at["queue_max"] += 1
             self._cancellation.end(session, Status.RESOURCE_EXHAUSTED, text)
             return
-        elif len(session.queue) == LISTED_MAX:
-            session.queue = deque(session.queue)
-        session.queue.append(request)
-        session.line_bytes += request.bytes
-        self._state.stats.line_bytes += request.bytes
-        if session.line_bytes >= self._state.limits.line_bytes_max:
+        elif len(queue) == LISTED_MAX:
+            queue = session.queue = deque(queue)
+        queue.append(request)
+        session.line_bytes += size
+        state.stats.line_bytes += size
+        if session.line_bytes >= state.limits.line_bytes_max:
             session.line_full = True
 
     # one create
 
     def _prepare(self, create: PendingCreate) -> None:
         """Request what a permitted create still needs."""
-        if self._state.restored is not None:
+        state = self._state
+        if state.restored is not None:
             # Its trunk may have another history.
-            self._state.to_prepare[create] = None
+            state.to_prepare[create] = None
             return
-        self._state.to_prepare.pop(create, None)
-        limit = self._state.limits.trunks_max
-        if create.trunk is None and len(self._state.trunks) >= limit and not self._trunks.is_open(create):
+        if state.to_prepare:
+            state.to_prepare.pop(create, None)
+        limit = state.limits.trunks_max
+        if create.trunk is None and len(state.trunks) >= limit and not self._trunks.is_open(create):
             create.refusal = f"watchmux: the limit of {limit} different ranges is reached"
-            self._state.stats.refused_at["trunks_max"] += 1
+            state.stats.refused_at["trunks_max"] += 1
             return
         if create.request.start_revision is None:
             # Before the trunk is opened: the read takes etcd longer than the create.

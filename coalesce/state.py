@@ -193,11 +193,18 @@ class CoreState:
             compact_revision=compact_revision,
             cancel_reason=cancel_reason,
         )
-        self.effects.append(Send(session, frame(message)))
+        self._send(session, frame(message))
 
     def created(self, session: Session, watch_id: int, header: Header) -> None:
         """Answer a create."""
-        self.effects.append(Send(session, frame(encode_created(header, watch_id))))
+        self._send(session, frame(encode_created(header, watch_id)))
+
+    def _send(self, session: Session, message: bytes) -> None:
+        last = self.effects[-1] if self.effects else None
+        if type(last) is Send and last.session is session:
+            last.messages.append(message)
+        else:
+            self.effects.append(Send(session, [message]))
 
     def end_session(self, session: Session, status: int, text: str) -> None:
         """End a session's stream."""

@@ -81,25 +81,21 @@ class PacedMessageReader:
             raise
 
     def _next(self) -> bytes | None:
-        start = self._start
-        buffer = self._buffer
-        size = len(buffer) - start
-        if size < PREFIX_BYTES:
+        buffer, body = self._buffer, self._start + PREFIX_BYTES
+        size = len(buffer)
+        if size < body:
             return None
-        flag, length = unpack_prefix(buffer, start)
+        flag, length = unpack_prefix(buffer, self._start)
         if flag or length > self._max:
             check_prefix(flag, length, self._inflate, self._max)
-        end = start + PREFIX_BYTES + length
-        if end > len(buffer):
+        end = body + length
+        if end > size:
             return None
-        message = bytes(memoryview(buffer)[start + PREFIX_BYTES : end])
-        self._start = end
-        if end == len(buffer):
-            buffer.clear()
-            self._start = 0
-        elif end >= COMPACT_BYTES:
+        message = bytes(buffer[body:end])
+        if end == size or end >= COMPACT_BYTES:
             del buffer[:end]
-            self._start = 0
+            end = 0
+        self._start = end
         self.worked_bytes += length
         if not flag:
             return message

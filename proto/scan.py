@@ -16,6 +16,7 @@ Fields: etcd's api/etcdserverpb/rpc.proto and api/mvccpb/kv.proto. Encoding: pro
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 from proto.fields import (
@@ -530,4 +531,10 @@ def encode_response(
 
 def encode_created(header: Header, watch_id: int) -> bytes:
     """Encode the WatchResponse that answers a create, as `encode_response` does."""
-    return header.encoded + number_field(_WATCH_ID, watch_id) + _IS_CREATED
+    return header.encoded + _created_id(watch_id)
+
+
+@lru_cache(4096)
+def _created_id(watch_id: int) -> bytes:
+    """Encode what follows the header. Clients have the same ids: 0, 1, 2, ..."""
+    return number_field(_WATCH_ID, watch_id) + _IS_CREATED

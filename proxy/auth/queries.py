@@ -16,7 +16,7 @@ These creates wait for a leader, without which nothing can be written either.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from coalesce.inputs import CreateRefusal, Granted
@@ -44,7 +44,7 @@ from proxy.auth.restore import AuthorizedRange, AuthScope, RestoreDetector
 from upstream.attempts import is_about_request, is_too_large
 
 if TYPE_CHECKING:
-    from coalesce.model import PendingRead, Session
+    from coalesce.model import PendingCreate, PendingRead, Session
 
 NO_RIGHT: Final = ()
 """The ranges of a read that needs no permission and returns one member's state: an empty transaction."""
@@ -66,23 +66,26 @@ class RevisionRead(Query):
 
     def asker(self, auth_on: bool) -> AuthCall | None:
         """Choose which client's token to read with; None if no client is waiting. With auth off none is needed."""
-        waiting = [
-            create
-            for create in self.read.waiting
-            if not create.session.ended and id(create.session) not in self._refused
-        ]
         self.asking = None
-        if not waiting:
+        waiting = self._waiting()
+        first = next(waiting, None)
+        if first is None:
             return None
         if not auth_on:
             return AuthCall.by(self, AuthScope())
-        permitted = [create for create in waiting if create.refusal is None]
+        permitted = [create for create in (first, *waiting) if create.refusal is None]
         if not permitted:
             # All are refused already and only need a header for the refusal.
             return AuthCall(self, None, NO_RIGHT)
         create = next((create for create in permitted if create.session.identity.token is not None), permitted[0])
         self.asking = create.session
         return AuthCall(self, create.session.identity.token, ((create.key, create.range_end),))
+
+    def _waiting(self) -> Iterator[PendingCreate]:
+        """Walk the creates whose clients still wait."""
+        for create in self.read.waiting:
+            if not create.session.ended and id(create.session) not in self._refused:
+                yield create
 
     def refused(self, whole_token: bool) -> list[Session]:
         """Return the sessions to refuse, since the token used was refused; they are left out of further reads.

@@ -220,13 +220,13 @@ class ServerCall:
             self.started = True
             self.connection.h2.send_headers(self.stream, RESPONSE_HEAD)
 
-    def write(self, framed: bytes) -> bool:
-        """Send one message that already has its gRPC prefix. Returns False if the stream is blocked."""
+    def write(self, *framed: bytes) -> bool:
+        """Send messages that already have their gRPC prefixes. Returns False if the stream is blocked."""
         if self.ended:
             return True
         self.start()
         self.connection.schedule_flush()
-        return self.connection.h2.send(self.stream, (framed,), len(framed))
+        return self.connection.h2.send(self.stream, framed, sum(map(len, framed)))
 
     def end(self, status: int, text: str = "", extra: Sequence[tuple[bytes, bytes]] = ()) -> None:
         """End the call with a gRPC status: trailers, or a trailers-only response if nothing was sent.

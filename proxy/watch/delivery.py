@@ -113,9 +113,9 @@ class Delivery:
         return True
 
     def send(self, effect: Send) -> None:
-        """Write one control answer to its session."""
+        """Write control answers to their session."""
         outlet: Outlet = effect.session.outlet
-        if not outlet.send(effect.message) and not outlet.stalled:
+        if not outlet.send(effect.messages) and not outlet.stalled:
             self._stall(effect.session, outlet)
 
     def _deliver_each(self, payload: Payload, watches: Sequence[Watch], many: bool) -> int:

@@ -27,8 +27,8 @@ class Outlet(Protocol):
     stream: Stream
     stalled: bool
 
-    def send(self, message: bytes) -> bool:
-        """Send one framed control answer; False if the stream is blocked, so that the answer waits."""
+    def send(self, messages: Sequence[bytes]) -> bool:
+        """Send framed control answers; False if the stream is blocked, so that some of them wait."""
 
     def take_requests(self) -> None:
         """Read the client's requests again, after the session's queue was full."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from coalesce.inputs import CreateRequest, Identity
@@ -170,7 +171,7 @@ class WatchCall:
         self._held_bytes = 0
         """Its part of the service's `unread_bytes`."""
         self._answers_unread = 0
-        """Answers sent while stalled."""
+        """Answers sent that wait in the stream, or some of which wait."""
         self.session: Session | None = service.engine.open_session(self, identity_of(head))
         service.calls.add(self)
         connection.sessions += 1
@@ -248,11 +249,12 @@ class WatchCall:
 
     # the session's outlet
 
-    def send(self, message: bytes) -> bool:
-        """Send one framed control answer. False if the stream is blocked, so that the answer waits in it."""
-        if self.stalled:
-            self._answers_unread += 1
-        return self._call.write(message)
+    def send(self, messages: Sequence[bytes]) -> bool:
+        """Send framed control answers. False if the stream is blocked, so that some of them wait in it."""
+        if self._call.write(*messages):
+            return True
+        self._answers_unread += len(messages)
+        return False
 
     def end(self, status: int, text: str) -> None:
         """End the stream; the core has already dropped the session."""
@@ -324,7 +326,8 @@ class WatchCall:
                     return True
                 worked_bytes = requests.worked_bytes
                 message = requests.next()
-                turns.spend((requests.worked_bytes - worked_bytes) // BYTES_PER_WORK)
+                if requests.worked_bytes - worked_bytes >= BYTES_PER_WORK:
+                    turns.spend((requests.worked_bytes - worked_bytes) // BYTES_PER_WORK)
                 if message is not None:
                     self._request(message)
                 elif not requests.busy:

@@ -252,8 +252,8 @@ class Shell:
         match effect:
             case Deliver(payload=payload, watches=watches):
                 self._deliver(payload, watches)
-            case Send(session=session, message=message):
-                _client_of(session).write([message])
+            case Send(session=session, messages=messages):
+                _client_of(session).write(messages)
             case TakeRequests(session=session):
                 _client_of(session).may_ask = True
             case EndSession(session=session, status=status, text=text):

@@ -351,8 +351,9 @@ class World:
         session: SimSession = effect.session.outlet
         if leaves(effect.session):
             return
-        session.answered(effect.message)
-        if not session.write((effect.message,)) and not session.stalled:
+        for message in effect.messages:
+            session.answered(message)
+        if not session.write(tuple(effect.messages)) and not session.stalled:
             self._stall(session)
 
     def _stall(self, session: SimSession) -> None:

@@ -189,9 +189,9 @@ class FakeOutlet:
         self.connection.dirty = True
 
     def send(self, *arguments: Any) -> bool:
-        """Act as the connection's send(stream, pieces, size) and as the outlet's send(message)."""
+        """Act as the connection's send(stream, pieces, size) and as the outlet's send(messages)."""
         if len(arguments) == 1:
-            self.sent.append(arguments[0])
+            self.sent += arguments[0]
             self.room -= 1
             return self.room >= 0
         stream, pieces, _ = arguments

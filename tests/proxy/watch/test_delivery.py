@@ -230,7 +230,7 @@ async def test_a_blocked_control_answer_is_a_stall() -> None:
     rig = Rig()
     outlet = FakeOutlet(0)
     watch = watch_of(outlet)
-    rig.script("progress", Send(watch.session, b"1"), Send(watch.session, b"2"), Deliver(payload_of(b"x"), [watch]))
+    rig.script("progress", Send(watch.session, [b"1"]), Send(watch.session, [b"2"]), Deliver(payload_of(b"x"), [watch]))
     rig.engine.progress(watch.session)
     assert outlet.sent == [b"1", b"2"]
     assert rig.core.names() == ["progress", "stalled", "undelivered"]
