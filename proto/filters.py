@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from proto.fields import bytes_field
+
 LONG_BYTES: Final = 16 * 1024
 """Only messages of at least this size are scanned for filters."""
 
@@ -39,7 +41,7 @@ def shortened(message: bytes) -> bytes:
     if start + size != len(message):
         return message
     body = _shortened_create(message, start)
-    return message if body is None else b"\x0a" + _varint(len(body)) + body
+    return message if body is None else bytes_field(_CREATE, body)
 
 
 def _shortened_create(message: bytes, at: int) -> bytes | None:
@@ -72,7 +74,7 @@ def _shortened_create(message: bytes, at: int) -> bytes | None:
             break
         meaning = meaning_of(values) if values is not None and stop - at >= RUN_BYTES else None
         if meaning is not None:
-            kept += (message[copied:at], b"\x2a" + bytes((len(meaning),)) + meaning)
+            kept += (message[copied:at], bytes_field(_PACKED, meaning))
             copied = stop
         at = stop
     if not kept:
@@ -108,12 +110,3 @@ def _length(message: bytes, at: int) -> tuple[int, int] | None:
             return place + 1, value
         shift += 7
     return None
-
-
-def _varint(value: int) -> bytes:
-    parts = bytearray()
-    while value > 0x7F:
-        parts.append(value & 0x7F | 0x80)
-        value >>= 7
-    parts.append(value)
-    return bytes(parts)
