@@ -192,7 +192,7 @@ class Cover(Trunk):
         if not branch.watches:
             self.index.remove(branch.span)
 
-    def groups_of(self, watch: Watch) -> dict[int, Group]:
+    def groups_of(self, watch: Watch) -> dict[object, Group]:
         """Return the groups of which one is that of this watch while it is in step."""
         assert watch.branch is not None, "each watch of a cover has a branch"
         return watch.branch.groups
@@ -202,8 +202,8 @@ class Cover(Trunk):
         branch = watch.branch
         assert branch is not None, "each watch of a cover has a branch"
         if branch.range_end:
-            return self.history.replay(watch.position, watch.variant, limits, branch.span)
-        return self.keyed.replay_key(watch.position, watch.variant, limits, branch.key)
+            return self.history.replay(watch.next_revision, watch.variant, limits, branch.span)
+        return self.keyed.replay_key(watch.next_revision, watch.variant, limits, branch.key)
 
     def branches_of(self, batch: Batch) -> Iterable[CoverBranch[Group]]:
         """Return the branches that have keys of a batch."""

@@ -7,23 +7,35 @@ A watch that needs nothing before a later revision waits *ahead* and joins its g
 revision; if this happens inside a batch, the watch gets its own part of the batch. But a watch that begins at "now" is
 put in step at once, although its source may not be proven so far: events before "now" nearly never follow. The group
 knows the highest position of its watches; if a batch begins below it, the watches concerned are put ahead then.
+
+A session with very many watches on a trunk has groups of its own, each with a bounded number of them. A batch only
+leaves such a group *behind*, at a cost of O(1): the group keeps the first revision that it still needs, and is replayed
+in the turns of its session (see `replay`). So neither an event for all these watches nor a stall of their session is
+one long step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from coalesce.ahead import AheadWatches
-from coalesce.batch import Batch, Payload, Variants, payload_of_one
+from coalesce.batch import FRAGMENT, Batch, Payload, Variants, payload_of_one
 from coalesce.cover import Cover
 from coalesce.effects import Deliver
-from coalesce.model import Group, Source, Watch
+from coalesce.model import Group, Session, Source, Watch
 from coalesce.place import Place
 from coalesce.ranges import CoverBranch
 from coalesce.state import CoreState
 from proto.event_key import event_key
 from proto.scan import Event
 from proto.spans import is_in
+
+SHARED_WATCHES_MAX: Final = 3_000
+"""Maximum watches of a session in a group that it shares with others: a stall returns all in one step, 2 us each."""
+
+OWN_GROUP_WATCHES_MAX: Final = 1_000
+"""Maximum watches of an own group: it is replayed in one step, and a stall may return all of it."""
 
 
 class Fanout:
@@ -58,6 +70,9 @@ class Fanout:
         for group in tuple(source.groups.values()):
             if group.newest > first_revision:
                 self._hold_back(group, first_revision)
+            if group.session is not None:
+                self._leave_behind(group, group.session, first_revision)
+                continue
             count = len(group.members)
             if count:
                 variant = group.variant
@@ -95,7 +110,10 @@ class Fanout:
                     self._hold_back(group, batch.first_revision)
             variants = Variants(batch.header, part, self._state.limits.fragment_bytes, has_prev_kv)
             for group in branch.groups.values():
-                self._send(group, variants.payload(group.variant))
+                if group.session is not None:
+                    self._leave_behind(group, group.session, batch.first_revision)
+                else:
+                    self._send(group, variants.payload(group.variant))
 
     def _send(self, group: Group, payload: Payload | None) -> None:
         """Send a payload, if the filters leave one, to a group of a branch."""
@@ -105,6 +123,22 @@ class Fanout:
             self._state.effects.append(Deliver(payload, watches))
             self._state.stats.delivered += len(watches)
             self._state.stats.delivered_events += len(watches) * payload.event_count
+
+    def _leave_behind(self, group: Group, session: Session, revision: int) -> None:
+        """Let an own group be replayed from `revision` on, where a batch begins."""
+        if group.behind is None and group.members:
+            group.behind = revision
+            session.groups_behind[group] = None
+            self._state.stats.lagging += len(group.members)
+            self._state.note_behind(session)
+            self._state.want_replay(session)
+
+    def catch_up(self, group: Group, session: Session) -> None:
+        """Let an own group follow its source again."""
+        group.behind = None
+        del session.groups_behind[group]
+        self._state.stats.lagging -= len(group.members)
+        self._state.note_behind(session)
 
     def advance(self, source: Source, revision: int) -> None:
         """Record that everything through `revision` has been delivered: there are no further events."""
@@ -153,10 +187,15 @@ class Fanout:
             self._drop_empty(source)
             return
         group.remove(watch)
-        if not group.members and watch.branch is not None:
-            del source.groups_of(watch)[watch.variant]
+        if not group.members and (watch.branch is not None or group.session is not None):
+            del source.groups_of(watch)[group.key]
+        watch.position = max(watch.position, source.next_revision if group.behind is None else group.behind)
         watch.group = None
-        watch.position = max(watch.position, source.next_revision)
+        if group.behind is not None:
+            self._state.stats.lagging -= 1
+            if not group.members:
+                del watch.session.groups_behind[group]
+                self._state.note_behind(watch.session)
         watch.sent_revision = max(watch.sent_revision, group.sent_revision)
 
     def _deliver_parts(self, source: Source, batch: Batch) -> None:
@@ -204,7 +243,30 @@ class Fanout:
         group = groups.get(watch.variant)
         if group is None:
             group = groups[watch.variant] = Group(watch.variant)
+        elif (
+            len(group.members) >= SHARED_WATCHES_MAX
+            and len(watch.session.watches) > SHARED_WATCHES_MAX
+            # A backfill has few watches, and a run holds back those with fragment one by one.
+            and source is watch.trunk
+            and not watch.variant & FRAGMENT
+        ):
+            group = _own_group(groups, watch)
         group.add(watch)
         watch.group = group
         watch.place = Place.IN_STEP
         return group
+
+
+def _own_group(groups: dict[object, Group], watch: Watch) -> Group:
+    """Return the own group that a watch joins: the newest one of its session, or a further one."""
+    session = watch.session
+    group = groups.get((watch.variant, session))
+    if group is not None:
+        if group.behind is None and len(group.members) < OWN_GROUP_WATCHES_MAX:
+            return group
+        # Full, or behind: it stays under another key.
+        group.key = id(group)
+        groups[group.key] = group
+    own = Group(watch.variant, session)
+    groups[own.key] = own
+    return own

@@ -110,11 +110,14 @@ def _check_session(state: CoreState, session: Session) -> None:
         _need(1, session.compacted is None or watch_id not in session.compacted, watch)
     for watch in session.lagging:
         _need(2, watch.place is Place.LAGGING and session.watches.get(watch.watch_id) is watch, watch)
-    behind = session.stalled or bool(session.lagging)
+    for group in session.groups_behind:
+        _need(3, group.session is session and group.behind is not None and bool(group.members), "a group behind")
+    behind = session.stalled or session.has_lagging
     _need(6, (session.lagging_since is not None) == behind, "lagging since")
     _need(6, (session in state.lagging_sessions) == behind, "lagging sessions")
     _need(6, not session.stalled or session not in state.to_replay_later, "a turn of a stalled session")
-    if not session.stalled and not all(watch.awaits_run for watch in session.lagging):
+    waits = not session.groups_behind and all(watch.awaits_run for watch in session.lagging)
+    if not session.stalled and not waits:
         _need(7, session in state.to_replay_later, "lagging watches of a session that is not due")
     if session.queue is not None:
         _need(13, bool(session.queue), "an empty queue")
@@ -165,7 +168,7 @@ def _check_watch(state: CoreState, watch: Watch) -> None:
     _need(2, place is not Place.ENDED, watch)
     if place is Place.IN_STEP:
         assert watch.group is not None, "checked above"
-        _need(2, source is not None and source.groups_of(watch).get(watch.variant) is watch.group, watch)
+        _need(2, source is not None and source.groups_of(watch).get(watch.group.key) is watch.group, watch)
         _need(4, watch.group.variant == watch.variant, watch)
     if place is Place.AHEAD:
         _need(3, source is not None and watch.position > source.next_revision, watch)
@@ -193,12 +196,18 @@ def _check_source(state: CoreState, source: Source) -> None:
     if isinstance(source, Cover):
         _need(9, source.keyed.index_bytes <= source.keyed.index_bytes_max, "the index of a cover is too large")
     of_branches = [branch.groups for branch in source.index.values()] if isinstance(source, Cover) else []
-    for variant, group in chain.from_iterable(groups.items() for groups in (source.groups, *of_branches)):
-        _need(4, group.variant == variant, "a group in the wrong place")
+    for key, group in chain.from_iterable(groups.items() for groups in (source.groups, *of_branches)):
+        _need(4, group.key == key and (group.session is not None or group.variant == key), "a group in the wrong place")
+        reached = source.next_revision
+        if group.behind is not None:
+            _need(3, group.session is not None and group in group.session.groups_behind, "a group behind is not listed")
+            _need(3, group.behind < reached, "a group behind that is not")
+            reached = group.behind
         for watch in group.members:
             _need(2, watch.group is group and watch.source is source and watch.place is Place.IN_STEP, watch)
-            _need(3, watch.next_revision == max(source.next_revision, watch.position), watch)
-            _need(3, watch.position <= max(source.next_revision, group.newest), watch)
+            _need(2, group.session is None or watch.session is group.session, watch)
+            _need(3, watch.next_revision == max(reached, watch.position), watch)
+            _need(3, watch.position <= max(reached, group.newest), watch)
         _need(2, tuple(group.members) == group.listed(), "the list of a group is stale")
     ahead = source.ahead
     _need(2, (ahead is not None) == bool(ahead), "no watch is ahead")
@@ -334,7 +343,7 @@ def _check_gauges(state: CoreState) -> None:
         _need(
             17, session.line_bytes == sum(request.bytes for request in session.queue or ()), "line_bytes of a session"
         )
-        lagging += len(session.lagging)
+        lagging += len(session.lagging) + sum(len(group.members) for group in session.groups_behind)
     histories = [source.history for source in [*_sources(state), *state.parked.values()]]
     _need(18, not {*map(id, histories)} & {*map(id, state.ledger.discarded)}, "a history in use is discarded")
     for history in [*histories, *state.ledger.discarded]:

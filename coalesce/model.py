@@ -84,9 +84,10 @@ class Watch:
     @property
     def next_revision(self) -> int:
         """The first revision still needed."""
-        if self.group is not None and self.source is not None and self.source.next_revision > self.position:
-            return self.source.next_revision
-        return self.position
+        group, source = self.group, self.source
+        if group is None or source is None:
+            return self.position
+        return max(self.position, source.next_revision if group.behind is None else group.behind)
 
     @property
     def is_early(self) -> bool:
@@ -105,7 +106,9 @@ class Watch:
     @property
     def follows_trunk(self) -> bool:
         """It was sent everything that its trunk has, and can be sent more."""
-        return self.place is Place.IN_STEP and self.source is self.trunk and not self.session.stalled
+        if self.place is not Place.IN_STEP or self.source is not self.trunk or self.session.stalled:
+            return False
+        return self.group is not None and self.group.behind is None
 
     @property
     def awaits_run(self) -> bool:
@@ -129,12 +132,21 @@ class GroupWatches(tuple[Watch, ...]):
 
 
 class Group:
-    """The watches of a source that are in step and of one variant."""
+    """The watches of a source that are in step and of one variant.
 
-    __slots__ = ("_listed", "members", "newest", "sent_revision", "variant")
+    A session with very many of them has *own groups*, see `fanout`. These are left behind as a whole by an event.
+    """
 
-    def __init__(self, variant: int) -> None:
+    __slots__ = ("_listed", "behind", "key", "members", "newest", "sent_revision", "session", "variant")
+
+    def __init__(self, variant: int, session: Session | None = None) -> None:
         self.variant = variant
+        # Of an own group, the session of all its watches.
+        self.session = session
+        # Where it is among the groups of the source.
+        self.key: object = variant if session is None else (variant, session)
+        # Of an own group that was left behind, the first revision that its watches still need.
+        self.behind: int | None = None
         self.members: dict[Watch, None] = {}
         self._listed: GroupWatches | None = None
         # Revision of the last event sent to the group.
@@ -244,6 +256,8 @@ class Session:
     stalled: bool = False
     # Watches to be replayed, in the order of their turns.
     lagging: dict[Watch, None] = field(default_factory=dict)
+    # Its own groups that were left behind, in the order of their turns.
+    groups_behind: dict[Group, None] = field(default_factory=dict)
     # Since when it has been stalled or has had lagging watches; None = neither.
     lagging_since: float | None = None
     # Progress requests not answered yet, at most two: for each, the number of the first upstream request whose answer
@@ -255,6 +269,11 @@ class Session:
     progress_revision: int = 0
     # Closed by the shell, or ended by the core.
     ended: bool = False
+
+    @property
+    def has_lagging(self) -> bool:
+        """Whether any of its watches is to be replayed."""
+        return bool(self.lagging or self.groups_behind)
 
     def id_taken(self, watch_id: int) -> bool:
         """Whether a watch has this id, or a compaction cancelled that watch and the client has not done so yet."""
@@ -364,7 +383,7 @@ class Source:
     # Of a trunk: all watches of the range, in any place. Of a backfill: those that come through it.
     watches: dict[Watch, None] = field(default_factory=dict)
     # The watches in step, by variant.
-    groups: dict[int, Group] = field(default_factory=dict)
+    groups: dict[object, Group] = field(default_factory=dict)
     # The watches ahead; None = there are none.
     ahead: AheadWatches[Watch] | None = None
     # The response whose further pieces are still to come.
@@ -388,13 +407,13 @@ class Source:
         """Whether a watch is in step or ahead."""
         return self.ahead is not None or any(group.members for group in self.groups.values())
 
-    def groups_of(self, watch: Watch) -> dict[int, Group]:  # noqa: ARG002  # a cover has groups per range
+    def groups_of(self, watch: Watch) -> dict[object, Group]:  # noqa: ARG002  # a cover has groups per range
         """Return the groups of which one is that of this watch while it is in step."""
         return self.groups
 
     def replay(self, watch: Watch, limits: CoreLimits) -> Replayed:
         """Join the events that a watch has missed into one response, see `History.replay`."""
-        return self.history.replay(watch.position, watch.variant, limits)
+        return self.history.replay(watch.next_revision, watch.variant, limits)
 
     def serves(self, watch: Watch) -> bool:
         """Whether it can bring this watch the revisions it needs next, from its history or live."""

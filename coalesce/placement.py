@@ -29,7 +29,7 @@ from typing import Final
 from coalesce.batch import Batch
 from coalesce.effects import PauseUpstream, ResumeUpstream
 from coalesce.fanout import Fanout
-from coalesce.model import Backfill, Group, Trunk, Upstream, Watch
+from coalesce.model import Backfill, Group, Session, Trunk, Upstream, Watch
 from coalesce.place import Place
 from coalesce.progress_requests import ProgressRequests
 from coalesce.ranges import CoverBranch
@@ -80,6 +80,10 @@ class Placement:
         session.lagging[watch] = None
         state.stats.lagging += 1
         state.note_behind(session)
+
+    def catch_up(self, group: Group, session: Session) -> None:
+        """Let an own group that was sent everything follow its source again."""
+        self._fanout.catch_up(group, session)
 
     def set_aside(self, watch: Watch) -> None:
         """Move a watch from any place to the lagging ones of its session."""

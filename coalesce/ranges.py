@@ -28,8 +28,8 @@ class CoverBranch(Generic[T]):
         self.range_end = range_end
         # Number of its watches, in any place.
         self.watches = 0
-        # The groups of those in step, by variant; no group is empty.
-        self.groups: dict[int, T] = {}
+        # The groups of those in step, by their keys; no group is empty.
+        self.groups: dict[object, T] = {}
 
     @property
     def span(self) -> Span:

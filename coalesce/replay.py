@@ -6,6 +6,9 @@ the shell reports that everything is written, these watches are replayed from th
 revisions joined into one response, and are in step again when they have reached the end. Revisions that a history no
 longer holds come by a backfill.
 
+Own groups (see `fanout`) that an event left behind are replayed as well, each with one payload for all of its watches.
+If the payloads would be large, or come by a backfill, these watches leave the group and lag one by one.
+
 Replaying is done in turns. A turn of a session is bounded in bytes and in events examined (filters may drop all of
 them), and serves its watches round robin; the rest follows at the next timer, which is due at once, so that live events
 and other sessions are served in between. Events examined are counted over all inputs between two timers: a hundred
@@ -34,6 +37,8 @@ from coalesce.state import CoreState
 _REMEMBERED_MAX: Final = 8
 # The cost of a watch itself, in events examined: placing it, or sending it a cached payload.
 WATCH_EVENTS: Final = 10
+# The cost of a watch of an own group, which is sent the same payload as the others.
+_MEMBER_EVENTS: Final = 2
 
 
 class Replayer:
@@ -116,7 +121,7 @@ class Replayer:
                 return
             if session in due:
                 budget -= self._turn(session, due.pop(session))
-                if session.lagging and not (state.runs and self._waits_for_runs(session)):
+                if session.has_lagging and not (state.runs and self._waits_for_runs(session)):
                     due[session] = None
         if not due:
             self._joined.clear()
@@ -132,14 +137,26 @@ class Replayer:
             bytes_max = room_bytes
         spent = 0
         least = self.left_events - limits.replay_events_max
-        for watch in tuple(islice(session.lagging, limits.replay_events_max // WATCH_EVENTS + 1)):
+        count = limits.replay_events_max // WATCH_EVENTS + 1
+        first_group = next(iter(session.groups_behind), None)
+        for watch in tuple(islice(session.lagging, count)):
             if watch.place is Place.LAGGING:
+                if first_group is not None and first_group.behind is not None and first_group.behind < watch.position:
+                    # It has waited for longer.
+                    break
                 self.left_events -= WATCH_EVENTS
                 if watch.awaits_run:
                     self._register(watch)
                     _move_back(watch)
                 else:
                     spent += self._replay(watch)
+            if spent >= bytes_max or self.left_events <= least:
+                return spent
+        for group in tuple(islice(session.groups_behind, count)):
+            before = self.left_events
+            spent += self._replay_group(group, session)
+            # A group is never split.
+            self.left_events = max(self.left_events, before - limits.replay_events_max - WATCH_EVENTS)
             if spent >= bytes_max or self.left_events <= least:
                 break
         return spent
@@ -180,6 +197,36 @@ class Replayer:
             _move_back(watch)
         return 0 if payload is None else payload.size
 
+    def _replay_group(self, group: Group, session: Session) -> int:
+        """Send an own group its next response; return the bytes. Where that is too much, its watches lag one by one."""
+        state = self._state
+        first = next(iter(group.members))
+        source = first.source
+        assert source is not None, "in step"
+        self.left_events -= WATCH_EVENTS
+        if source.serves(first):
+            payload, following = self._join(source, first)
+            count = len(group.members)
+            size = 0 if payload is None else payload.size * count
+            if size <= state.limits.replay_bytes_max or count == 1:
+                if payload is not None:
+                    self.left_events -= count * _MEMBER_EVENTS
+                    state.effects.append(Deliver(payload, group.listed()))
+                    state.stats.replays += 1
+                    state.stats.delivered += count
+                    state.stats.delivered_events += count * payload.event_count
+                    group.sent_revision = payload.last_revision
+                if following is None or following >= source.next_revision:
+                    self._placement.catch_up(group, session)
+                else:
+                    group.behind = following
+                    session.groups_behind[group] = session.groups_behind.pop(group)
+                return size
+        for watch in tuple(islice(group.members, max(1, self.left_events // WATCH_EVENTS))):
+            self.left_events -= WATCH_EVENTS
+            self._placement.set_aside(watch)
+        return 0
+
     def _settle(self, watch: Watch, source: Source) -> None:
         """Place an unplaced watch that has caught up with its source, or can be served by its trunk."""
         if not isinstance(source, Backfill) or watch.trunk.serves(watch):
@@ -189,7 +236,7 @@ class Replayer:
 
     def _join(self, source: Source, watch: Watch) -> tuple[Payload | None, int | None]:
         """Join the events that a watch has missed, or reuse the result for another one at the same position."""
-        key = (source, watch.branch, watch.position, watch.variant)
+        key = (source, watch.branch, watch.next_revision, watch.variant)
         version = source.history.version
         known = self._joined.get(key)
         if known is not None and known[0] == version:
@@ -249,7 +296,7 @@ class Replayer:
 
     def _waits_for_runs(self, session: Session) -> bool:
         """Whether all lagging watches of a session wait for runs; if so, the end of the first one replays it."""
-        if not all(watch.awaits_run for watch in session.lagging):
+        if session.groups_behind or not all(watch.awaits_run for watch in session.lagging):
             return False
         for watch in session.lagging:
             self._register(watch)

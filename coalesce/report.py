@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from heapq import nlargest
-from itertools import islice
+from itertools import chain, islice
 
 from coalesce.core import Coalescer
 from coalesce.cover import Cover, cover_name
@@ -128,7 +128,7 @@ def of_session(session: Session, now: float) -> SessionReport:
     return SessionReport(
         outlet=session.outlet,
         watches=len(session.watches),
-        lagging=len(session.lagging),
+        lagging=len(session.lagging) + sum(len(group.members) for group in session.groups_behind),
         behind_s=0.0 if since is None else max(0.0, now - since),
         behind_revisions=_distance(session, 100),
         stalled=session.stalled,
@@ -137,9 +137,9 @@ def of_session(session: Session, now: float) -> SessionReport:
 
 def _distance(session: Session, looked_at: int) -> int:
     """Return by how many revisions the furthest of the session's first `looked_at` lagging watches is behind."""
-    return max(
-        (watch.trunk.next_revision - watch.next_revision for watch in islice(session.lagging, looked_at)), default=0
-    )
+    firsts = (next(iter(group.members)) for group in session.groups_behind)
+    examined = islice(chain(session.lagging, firsts), looked_at)
+    return max((watch.trunk.next_revision - watch.next_revision for watch in examined), default=0)
 
 
 def lag(core: Coalescer, now: float, looked_at: int = 1000) -> tuple[float, int]:

@@ -58,8 +58,8 @@ class FragmentRuns:
         run.batches += 1
         run.bytes += batch.memory_bytes
         for groups in _reached(source, batch):
-            for variant, group in tuple(groups.items()):
-                for watch in group.listed() if variant & FRAGMENT else ():
+            for group in tuple(groups.values()):
+                for watch in group.listed() if group.variant & FRAGMENT else ():
                     self._placement.unplace(watch)
                     self._placement.mark_lagging(watch)
                     run.sessions[watch.session] = None
@@ -81,7 +81,7 @@ class FragmentRuns:
             state.end_run(source)
 
 
-def _reached(source: Source, batch: Batch) -> Iterable[dict[int, Group]]:
+def _reached(source: Source, batch: Batch) -> Iterable[dict[object, Group]]:
     """Return the groups that a batch reaches: those of the source, or of the branches whose keys it has."""
     if not isinstance(source, Cover):
         return (source.groups,)

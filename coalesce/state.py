@@ -135,7 +135,7 @@ class CoreState:
 
     def note_behind(self, session: Session) -> None:
         """Record since when a session is behind, or that it no longer is: it is stalled, or has lagging watches."""
-        behind = (session.stalled or bool(session.lagging)) and not session.ended
+        behind = (session.stalled or session.has_lagging) and not session.ended
         if behind == (session.lagging_since is not None):
             return
         if behind:
@@ -147,7 +147,7 @@ class CoreState:
 
     def want_replay(self, session: Session, room_bytes: int | None = None) -> None:
         """Replay a session's lagging watches when this input ends."""
-        if session.lagging and not session.stalled and not session.ended:
+        if session.has_lagging and not session.stalled and not session.ended:
             self.to_replay[session] = room_bytes
 
     def is_ending(self, trunk: Trunk, prev_kv: bool) -> bool:

@@ -167,13 +167,16 @@ class ProgressWaiters:
             if next_revision <= known or watch.group is None or watch.source is not trunk or session.stalled:
                 self._block(session, Blocker(watch, trunk, known))
                 return None
-            if least is None or next_revision < following:
-                following, least = next_revision, watch
-            # As `Watch.last_sent_revision`.
             if watch.group is not group:
                 group = watch.group
+                if group.behind is not None:
+                    self._block(session, Blocker(watch, trunk, known))
+                    return None
+                # As `Watch.last_sent_revision`.
                 if group.sent_revision > known:
                     known = group.sent_revision
+            if least is None or next_revision < following:
+                following, least = next_revision, watch
             if watch.progress_floor > known:
                 known = watch.progress_floor
             if watch.sent_revision > known:

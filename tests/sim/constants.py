@@ -59,6 +59,8 @@ SMALL: dict[tuple[str, str], tuple[int, ...]] = {
     ("coalesce.placement", "SHARED_BY_MAX"): _FEW,
     ("coalesce.placement", "UPGRADED_MAX"): _FEW,
     ("coalesce.history", "EVICTED_MAX"): _FEW,
+    ("coalesce.fanout", "SHARED_WATCHES_MAX"): (0, 0, 1),
+    ("coalesce.fanout", "OWN_GROUP_WATCHES_MAX"): _FEW,
 }
 """The values of each constant, by module and name."""
 

@@ -35,8 +35,8 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a watch from now that leaves its group forgets where it begins",
         "fanout",
-        "watch.position = max(watch.position, source.next_revision)",
-        "watch.position = source.next_revision",
+        "watch.position = max(watch.position, source.next_revision if group.behind is None else group.behind)",
+        "watch.position = source.next_revision if group.behind is None else group.behind",
     ),
     # Histories and replays.
     Mutant(
@@ -209,7 +209,7 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
         "state.queued[range_] = state.queued.pop(range_)",
         "state.queued.pop(range_)",
     ),
-    Mutant("a stalled session gets progress", "model", " and not self.session.stalled", ""),
+    Mutant("a stalled session gets progress", "model", " or self.session.stalled", ""),
     Mutant("a stall is not heard", "core", "self._replayer.stalled(session)", "pass"),
     Mutant("a watch joins a trunk that is not there", "joining", "if not trunk.opening:", "if True:"),
     Mutant(

@@ -24,6 +24,7 @@ NOT_BOUNDS = {
         "_EXAMINED_ENTRIES",
         "_EXAMINED_AFTER",
         "WATCH_EVENTS",
+        "_MEMBER_EVENTS",
         "SESSION_WATCHES",
         "BATCHES_DROPPED",
         "_INDEX_SHARE",

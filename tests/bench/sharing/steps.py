@@ -218,6 +218,39 @@ def backfill_event(stalled: bool) -> Steps:
     return many.measure(many.core.upstream_response, backfill, response)
 
 
+def stalls(window: int) -> Steps:
+    """An event for watches of one client, which takes so many messages at a time; each step with what is returned."""
+    many = Many(WATCHES)
+    [session] = many.sessions
+    arrived = room = 0
+
+    def step(take: Callable[..., Any], *arguments: object) -> None:
+        nonlocal arrived, room
+        for effect in take(*arguments, many.now):
+            for watch in effect.watches:
+                if not room and not session.stalled:
+                    many.core.stalled(session)
+                if session.stalled:
+                    many.core.undelivered(watch, effect.payload)
+                else:
+                    room, arrived = room - 1, arrived + 1
+
+    steps = Steps()
+    gc.collect()
+    gc.disable()
+    room = window
+    response = WatchResponse(header(START + 1), 0, events=[put(START + 1)])
+    steps(step, many.core.upstream_response, many.opened[0], response)
+    while arrived < WATCHES:
+        if session.stalled:
+            room = window
+            steps(step, many.core.drained, session, window * 60)
+        else:
+            steps(step, many.core.expire)
+    gc.enable()
+    return steps
+
+
 def older_start(own: bool) -> Steps:
     """A create from an older revision opens a backfill that takes over the watches of another one."""
     del own
@@ -393,6 +426,8 @@ SITUATIONS: dict[str, Callable[[], Steps]] = {
     "progress of ranges of their own is answered": partial(is_answered, True),
     "event of a backfill": partial(backfill_event, False),
     "event of a backfill, its session is stalled": partial(backfill_event, True),
+    "event for a client that takes 1,000 at a time": partial(stalls, 1000),
+    "event for a client that takes all": partial(stalls, WATCHES),
     "backfill from an older start": partial(older_start, False),
 }
 
