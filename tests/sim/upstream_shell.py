@@ -19,6 +19,7 @@ from tests.sim.failure import SimulationFailure
 from tests.sim.model_store import Member
 from tests.sim.model_stream import CLUSTER_ID, RAFT_TERM, ServerStream
 from tests.sim.parts import REAL, Parts
+from tests.sim.pieces import Pieces, in_fragments
 from tests.sim.store_member import StoreMember, StoreStream
 from upstream.watching import effects as watch_effects
 from upstream.watching.stream import StreamEndAction, StreamKind, WatchStream
@@ -44,33 +45,6 @@ class Endpoint:
     unimplemented: bool = False
 
 
-@dataclass(slots=True, eq=False)
-class Pieces:
-    """A response that comes in pieces: `upstream.watching.feed.LargeMessage` without bytes."""
-
-    response: WatchResponse
-    # The number of events in each piece.
-    sizes: list[int]
-    unread: int = 0
-    readable: bool = True
-
-    @property
-    def watch_id(self) -> int:
-        """The id of its watch."""
-        return self.response.watch_id
-
-    @property
-    def done(self) -> bool:
-        """Whether its last piece was taken."""
-        return not self.sizes
-
-    def step(self) -> WatchResponse:
-        """Take the next piece."""
-        size = self.sizes.pop(0)
-        events, self.response.events = self.response.events[:size], self.response.events[size:]
-        return WatchResponse(self.response.header, self.watch_id, fragment=not self.done, events=events)
-
-
 @dataclass(slots=True)
 class Callbacks:
     """Receives the client's output, as in upstream/watching/listener.py."""
@@ -83,14 +57,6 @@ class Callbacks:
     no_leader: Callable[[], None] = lambda: None
     other_history: Callable[[Header], None] = lambda _: None
     broken: Callable[[], None] = lambda: None
-
-
-def _in_fragments(message: bytes) -> bytes:
-    """Return a request with `fragment` set, if it is a create."""
-    request = rpc_pb2.WatchRequest.FromString(message)
-    if request.HasField("create_request"):
-        request.create_request.fragment = True
-    return bytes(request.SerializeToString())
 
 
 class UpstreamShell:
@@ -546,7 +512,7 @@ class UpstreamShell:
                 case watch_effects.WriteMessage():
                     link = self._links.get(effect.stream)
                     if link is not None:
-                        link.requests.append(effect.message if self._whole else _in_fragments(effect.message))
+                        link.requests.append(effect.message if self._whole else in_fragments(effect.message))
                     elif effect.stream in self._unopened:
                         self._unopened[effect.stream].append(effect.message)
                 case watch_effects.OpenStream():

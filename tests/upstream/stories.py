@@ -18,6 +18,8 @@ from upstream.watching.effects import (
     WatchReceived,
     WriteMessage,
 )
+from upstream.watching.state import WatchState
+from upstream.watching.stream import OpenedWatch, WatchStream
 
 
 @dataclass(eq=False)
@@ -122,3 +124,27 @@ def _response_in_words(response: WatchResponse) -> str:
     if response.events:
         return f"got {' '.join(map(str, revisions(response)))}" + (" and more" if response.fragment else "")
     return f"bookmark {response.header.revision}"
+
+
+def connected(revision: int = 10) -> WatchState:
+    """Return the state of a client that is connected to an etcd at `revision`."""
+    state = WatchState()
+    assert state.connect(True, revision) == []
+    return state
+
+
+def stream_of(state: WatchState, watch: OpenedWatch) -> WatchStream:
+    """Return the stream of a watch that has one."""
+    registration = state.registration(watch)
+    assert registration is not None
+    assert registration.stream is not None
+    return registration.stream
+
+
+def live(state: WatchState, *watches: Opened, at: int = 10) -> WatchStream:
+    """Open watches, let etcd answer their creates with the ids 0, 1, ..., and return the stream of the first."""
+    for watch in watches:
+        state.open(watch)
+    for watch_id, watch in enumerate(watches):
+        state.received(stream_of(state, watch), answer(watch_id, at, created=True))
+    return stream_of(state, watches[0])

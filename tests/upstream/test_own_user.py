@@ -6,8 +6,7 @@ import pytest
 
 from proto.framing import Status
 from proto.scan import WatchResponse
-from tests.upstream.stories import Opened, answer, in_words
-from tests.upstream.test_watch_state import stream_of
+from tests.upstream.stories import Opened, answer, in_words, stream_of
 from upstream.watching.state import WatchState
 
 INVALID = "rpc error: code = Unauthenticated desc = etcdserver: invalid auth token"
