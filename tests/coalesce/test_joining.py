@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from coalesce import CoreLimits, CreateRefusal, Granted
+from coalesce import CoreLimits, CreateRefusal, Granted, Send
 from tests.coalesce.shell import Client, Shell, header, put
 
 COMPACTED = "etcdserver: mvcc: required revision has been compacted"
@@ -469,6 +469,22 @@ def test_many_creates_are_decided_in_steps() -> None:
     assert max(steps) <= 10
     for client in clients:
         assert client.read() == [f"#{number} @5 created" for number in range(20)]
+
+
+def test_answers_that_follow_each_other_are_one_effect(shell: Shell) -> None:
+    """Creates of two clients that arrive in turn are decided client by client."""
+    shell.trunk(5, shell.client())
+    one, other = shell.client(), shell.client()
+    for _ in range(3):
+        one.create()
+        other.create()
+    # The first create began a read of its own.
+    shell.read_now(6)
+    assert one.read() == ["#0 @6 created"]
+    effects = shell.core.revision_read(shell.reads.pop(), header(6), shell.now)
+    sent = [(effect.session, len(effect.messages)) for effect in effects if isinstance(effect, Send)]
+    assert sent == [(other.session, 3), (one.session, 2)]
+    assert len(effects) == 2
 
 
 def test_a_later_read_does_not_overtake_an_earlier_queue() -> None:
