@@ -17,6 +17,7 @@ one long step.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Final
 
 from coalesce.ahead import AheadWatches
@@ -249,12 +250,19 @@ class Fanout:
             # A backfill has few watches, and a run holds back those with fragment one by one.
             and source is watch.trunk
             and not watch.variant & FRAGMENT
+            and ((watch.variant, watch.session) in groups or _is_one_of_many(watch))
         ):
             group = _own_group(groups, watch)
         group.add(watch)
         watch.group = group
         watch.place = Place.IN_STEP
         return group
+
+
+def _is_one_of_many(watch: Watch) -> bool:
+    """Whether others of the newest watches of its session have the same range."""
+    newest = islice(reversed(watch.session.watches.values()), 8)
+    return any(other.trunk is watch.trunk and other.branch is watch.branch and other is not watch for other in newest)
 
 
 def _own_group(groups: dict[object, Group], watch: Watch) -> Group:

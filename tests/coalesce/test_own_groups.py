@@ -95,6 +95,22 @@ def test_small_sessions_share_a_group_of_any_size() -> None:
     assert client.session.watches[19].group is others[99].session.watches[0].group
 
 
+def test_sessions_with_many_ranges_share_the_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fanout, "SHARED_WATCHES_MAX", 5)
+    shell = Shell()
+    clients = [shell.client() for _ in range(9)]
+    keys = [b"k%d" % number for number in range(9)]
+    trunks = [shell.trunk(5, clients[0], key) for key in keys]
+    for client in clients[1:]:
+        for key in keys:
+            client.create(key, start=6)
+    for number, trunk in enumerate(trunks):
+        (group,) = trunk.owner.groups.values()
+        assert group.session is None
+        (deliver,) = _delivered(shell, trunk, 6 + number)
+        assert len(deliver.watches) == 9
+
+
 def test_watches_with_fragment_have_no_own_groups() -> None:
     shell = Shell()
     client = shell.client()
