@@ -3,14 +3,17 @@
 Other people's data passes through a proxy, so its log must never contain a value or a credential. Fields whose names
 suggest one are blanked here, in one place, for all callers.
 
-A line that cannot be written (the disk is full, the reader of the pipe has ended) is lost and counted: the proxy serves
-clients with or without a log.
+A line that cannot be written (the disk is full, the reader of a pipe has ended or takes nothing) is lost and counted:
+the proxy serves clients with or without a log, and one reader that hangs must not stop them. The kernel's buffer of the
+pipe (64 KiB) or socket (some 200 KiB) is the queue.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import socket
+import stat
 import sys
 from collections.abc import MutableMapping
 from typing import Any, TextIO, cast
@@ -50,30 +53,66 @@ def lines_lost() -> int:
 
 
 class _LineWriter:
-    """Write each line in one piece, so that the lines of several processes in one file stay whole.
+    """Write each line in one piece, so that the lines of several processes in one file stay whole, and never wait.
 
-    That does not depend on Python's buffers, which PYTHONUNBUFFERED turns off.
+    The first does not depend on Python's buffers, which PYTHONUNBUFFERED turns off. O_NONBLOCK is not set at the
+    descriptor itself: it would change it for all processes that have it, such as the shell.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream
+        self.stream = stream
+        """None: nothing is written."""
+        self._socket: socket.socket | None = None
+        self._opened: int | None = None
+        self._before = ""
+        """A newline if the last line was written in part."""
         try:
             self._fd = None if stream is None else stream.fileno()
         except (OSError, ValueError):
             self._fd = None  # a stream in memory
+        if self._fd is not None:
+            self._open(self._fd)
+
+    def _open(self, fd: int) -> None:
+        """Open a pipe or a terminal again, without waiting; writes wait if the system does not permit this."""
+        try:
+            mode = os.fstat(fd).st_mode
+            if stat.S_ISSOCK(mode):
+                self._socket = socket.socket(fileno=os.dup(fd))
+            elif stat.S_ISFIFO(mode) or os.isatty(fd):
+                flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+                self._fd = self._opened = os.open(f"/proc/self/fd/{fd}", flags)
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        """Close what was opened here."""
+        if self._socket is not None:
+            self._socket.close()
+        if self._opened is not None:
+            os.close(self._opened)
+        self._socket = self._opened = self._fd = self.stream = None
 
     def msg(self, line: str) -> None:
         global _lost
         try:
             if self._fd is not None:
-                data = f"{line}\n".encode("utf-8", "backslashreplace")
-                _lost += os.write(self._fd, data) < len(data)
-            elif self._stream is not None:
-                self._stream.write(f"{line}\n")
+                data = f"{self._before}{line}\n".encode("utf-8", "backslashreplace")
+                if self._socket is not None:
+                    sent = self._socket.send(data, socket.MSG_DONTWAIT)
+                else:
+                    sent = os.write(self._fd, data)
+                self._before = "\n" if sent < len(data) else ""
+                _lost += sent < len(data)
+            elif self.stream is not None:
+                self.stream.write(f"{line}\n")
         except (OSError, ValueError):
             _lost += 1
 
     debug = info = warn = warning = error = critical = exception = fatal = msg
+
+
+_writer = _LineWriter(None)
 
 
 def name_process(name: str) -> None:
@@ -121,10 +160,15 @@ def configure(level: str = "info", style: str = "auto", stream: TextIO | None = 
             structlog.processors.EventRenamer("msg"),
             structlog.processors.JSONRenderer(sort_keys=False),
         ]
+    global _writer
+    if _writer.stream is not target:
+        _writer.close()
+        _writer = _LineWriter(target)
+    writer = _writer
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(_level_number(level)),
-        logger_factory=lambda *_: _LineWriter(target),
+        logger_factory=lambda *_: writer,
         cache_logger_on_first_use=False,
     )
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
 import socket
+from collections.abc import Callable
 
 import pytest
 
@@ -101,6 +104,63 @@ def test_a_line_that_cannot_be_written_is_lost_and_counted() -> None:
         logs.logger("x").error("the disk is full")
         logs.logger("x").exception("the disk is full")
     assert logs.lines_lost() == before + 2
+
+
+def _written_until_lost(stream: io.TextIOWrapper) -> int:
+    """Log lines that nothing reads until one is lost; return how many were written."""
+    logs.configure("info", "json", stream)
+    before, log = logs.lines_lost(), logs.logger("x")
+    for count in range(10_000):
+        log.info("nothing reads this line")
+        if logs.lines_lost() > before:
+            return count
+    raise AssertionError("no line was lost")
+
+
+@pytest.mark.parametrize("make", [os.pipe, pty.openpty], ids=["pipe", "terminal"])
+def test_a_log_that_is_not_read_blocks_nothing(make: Callable[[], tuple[int, int]]) -> None:
+    reader, writer = make()
+    with open(writer, "w") as stream:
+        assert _written_until_lost(stream) > 1
+        assert os.get_blocking(writer)  # others have this descriptor too
+        received = b""
+        while b"read again" not in received:
+            received = received[-20:] + os.read(reader, 1 << 20)
+            logs.logger("x").info("read again")
+    os.close(reader)
+
+
+def test_a_log_socket_that_is_not_read_blocks_nothing() -> None:
+    ours, theirs = socket.socketpair()  # as to journald
+    with ours, theirs, open(theirs.fileno(), "w", closefd=False) as stream:
+        assert _written_until_lost(stream) > 1
+        assert os.get_blocking(theirs.fileno())
+
+
+def test_a_line_after_a_torn_one_is_whole() -> None:
+    reader, writer = os.pipe()
+    with open(writer, "w") as stream:
+        logs.configure("info", "json", stream)
+        logs.logger("x").info("long", text="x" * (1 << 17))
+        os.read(reader, 1 << 17)
+        logs.logger("x").info("whole")
+        torn, line = os.read(reader, 1 << 17).split(b"\n", 1)
+        assert torn == b""
+        assert json.loads(line)["msg"] == "whole"
+    os.close(reader)
+
+
+def test_changed_settings_leave_no_descriptor_open() -> None:
+    reader, writer = os.pipe()
+    with open(writer, "w") as stream, open("/dev/null", "w") as other:
+        logs.configure("info", "json", other)
+        before = len(os.listdir("/proc/self/fd"))
+        logs.configure("info", "json", stream)
+        logs.configure("debug", "json", stream)
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+        logs.configure("debug", "json", other)
+        assert len(os.listdir("/proc/self/fd")) == before
+    os.close(reader)
 
 
 def test_without_standard_error_nothing_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
