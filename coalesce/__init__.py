@@ -7,7 +7,8 @@ documents the protocol; `guarantees` holds the checkers of what the core promise
 Its modules, from the bottom up; each imports and calls only modules before it:
 
 - values: `limits`, `stats`, `timers`, `ahead`, `place`, `pending`, `inputs`, `ranges`, `suggesting`, `batch`, `history`
-- state: `model` (sessions, watches, sources), `cover`, `effects`, `state`, `fanout` (batches to watches)
+- state: `model` (sessions, watches, sources), `cover`, `listing` (of groups), `effects`, `state`,
+  `fanout` (batches to watches)
 - progress: `waiting`, `progress_requests`, `notifying`, `progress`
 - placement: `placement` (places and backfills), `replay`, `runs` (of fragments)
 - life of watches: `revision_reads`, `trunk`, `moving` (to and from covers), `ending` (cancellation), `losing`,

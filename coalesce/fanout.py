@@ -81,7 +81,7 @@ class Fanout:
                 payload = payload_of_one(batch, variant, has_prev_kv) if variants is None else variants.payload(variant)
                 if payload is not None:
                     group.sent_revision = payload.header.revision
-                    state.effects.append(Deliver(payload, group._listed or group.listed()))
+                    state.effects.append(Deliver(payload, group.listed or state.lists.of(group)))
                     stats.delivered += count
                     stats.delivered_events += count * payload.event_count
         source.next_revision = batch.last_revision + 1
@@ -120,7 +120,7 @@ class Fanout:
         """Send a payload, if the filters leave one, to a group of a branch."""
         if payload is not None:
             group.sent_revision = payload.last_revision
-            watches = group.listed()
+            watches = self._state.lists.of(group)
             self._state.effects.append(Deliver(payload, watches))
             self._state.stats.delivered += len(watches)
             self._state.stats.delivered_events += len(watches) * payload.event_count

@@ -13,7 +13,7 @@
     the events for them, and the first ones returned make a watch lag.
  7. A lagging watch of a session that is not stalled is replayed without a further input from the shell.
  8. A history is ordered and disjoint, lies within [floor, next_revision), and its byte count is correct.
- 9. Each history, and all of them together, stay within their bounds.
+ 9. Each history, and all of them together, stay within their bounds; and so do the lists of groups.
 10. A backfill has watches or is an upgrade; no more are open than allowed; no watch is queued while one may be opened,
     except those that wait for the next timer; and a backfill is paused only while all its watches lag.
 11. A trunk without watches and without creates that wait for it lingers; any other does not.
@@ -43,6 +43,7 @@ from itertools import chain
 
 from coalesce.core import Coalescer
 from coalesce.cover import Cover
+from coalesce.listing import LISTED_WATCHES_MAX
 from coalesce.model import Backfill, Group, PendingCreate, Session, Source, Trunk, Watch
 from coalesce.place import Place
 from coalesce.placement import Placement
@@ -208,7 +209,8 @@ def _check_source(state: CoreState, source: Source) -> None:
             _need(2, group.session is None or watch.session is group.session, watch)
             _need(3, watch.next_revision == max(reached, watch.position), watch)
             _need(3, watch.position <= max(reached, group.newest), watch)
-        _need(2, tuple(group.members) == group.listed(), "the list of a group is stale")
+        _need(2, group.listed is None or tuple(group.members) == group.listed, "the list of a group is stale")
+        _need(9, group.listed is None or group in state.lists.sizes, "the list of a group does not count")
     ahead = source.ahead
     _need(2, (ahead is not None) == bool(ahead), "no watch is ahead")
     for position, alike in {}.items() if ahead is None else ahead.by_position.items():
@@ -349,6 +351,9 @@ def _check_gauges(state: CoreState) -> None:
     for history in [*histories, *state.ledger.discarded]:
         history_bytes += history.bytes
         history_batches += len(history)
+    lists = state.lists
+    _need(9, lists.watches == sum(lists.sizes.values()), "the watches in lists")
+    _need(9, lists.watches <= LISTED_WATCHES_MAX or len(lists.sizes) == 1, "too many watches in lists")
     _need(17, stats.sessions == len(state.sessions), "sessions")
     _need(17, stats.watches == watches, "watches")
     _need(17, stats.ids_kept == ids_kept, "ids kept")

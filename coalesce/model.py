@@ -126,7 +126,7 @@ class Watch:
 
 
 class GroupWatches(tuple[Watch, ...]):
-    """The watches of a group until its next change; `shell` is free for the shell, and dropped along with them."""
+    """The list of a group's watches, see `listing`; `shell` is free for the shell, and dropped along with the list."""
 
     shell: object = None
 
@@ -137,7 +137,7 @@ class Group:
     A session with very many of them has *own groups*, see `fanout`. These are left behind as a whole by an event.
     """
 
-    __slots__ = ("_listed", "behind", "key", "members", "newest", "sent_revision", "session", "variant")
+    __slots__ = ("behind", "key", "listed", "members", "newest", "sent_revision", "session", "variant")
 
     def __init__(self, variant: int, session: Session | None = None) -> None:
         self.variant = variant
@@ -148,7 +148,8 @@ class Group:
         # Of an own group that was left behind, the first revision that its watches still need.
         self.behind: int | None = None
         self.members: dict[Watch, None] = {}
-        self._listed: GroupWatches | None = None
+        # Kept until a watch joins or leaves, or other groups are listed.
+        self.listed: GroupWatches | None = None
         # Revision of the last event sent to the group.
         self.sent_revision = 0
         # No watch has a higher position, unless the source is beyond it.
@@ -157,18 +158,12 @@ class Group:
     def add(self, watch: Watch) -> None:
         """Add a watch."""
         self.members[watch] = None
-        self._listed = None
+        self.listed = None
 
     def remove(self, watch: Watch) -> None:
         """Remove a watch."""
         del self.members[watch]
-        self._listed = None
-
-    def listed(self) -> GroupWatches:
-        """Return the watches as a tuple, which is cached until a watch is added or removed."""
-        if self._listed is None:
-            self._listed = GroupWatches(self.members)
-        return self._listed
+        self.listed = None
 
 
 @dataclass(slots=True, eq=False)

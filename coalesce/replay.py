@@ -211,7 +211,7 @@ class Replayer:
             if size <= state.limits.replay_bytes_max or count == 1:
                 if payload is not None:
                     self.left_events -= count * _MEMBER_EVENTS
-                    state.effects.append(Deliver(payload, group.listed()))
+                    state.effects.append(Deliver(payload, state.lists.of(group)))
                     state.stats.replays += 1
                     state.stats.delivered += count
                     state.stats.delivered_events += count * payload.event_count

@@ -59,7 +59,7 @@ class FragmentRuns:
         run.bytes += batch.memory_bytes
         for groups in _reached(source, batch):
             for group in tuple(groups.values()):
-                for watch in group.listed() if group.variant & FRAGMENT else ():
+                for watch in tuple(group.members) if group.variant & FRAGMENT else ():
                     self._placement.unplace(watch)
                     self._placement.mark_lagging(watch)
                     run.sessions[watch.session] = None

@@ -12,6 +12,7 @@ from coalesce.effects import CloseUpstream, Effect, EndSession, OpenUpstream, Se
 from coalesce.history import History, HistoryBudget
 from coalesce.inputs import UpstreamLost
 from coalesce.limits import CoreLimits
+from coalesce.listing import GroupLists
 from coalesce.model import (
     Backfill,
     FragmentRun,
@@ -63,6 +64,7 @@ class CoreState:
     compact_revision: int = 0
     # Progress requests made so far (see progress_requests).
     progress_serial: int = 0
+    lists: GroupLists = field(default_factory=GroupLists)
     sessions: dict[Session, None] = field(default_factory=dict)
     # Sessions that are to end UNAVAILABLE, with this text: without a leader, or at a limit.
     to_end: dict[Session, str] = field(default_factory=dict)

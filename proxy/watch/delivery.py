@@ -15,7 +15,7 @@ from typing import Protocol
 from coalesce.batch import Payload
 from coalesce.effects import Deliver, Effect, Send
 from coalesce.model import Session, Watch
-from proxy.watch.outlets import RUN_WATCHES_MIN, DeliveryPlan, Outlet, Output, on_distinct_connections, plan_of
+from proxy.watch.outlets import DeliveryPlan, Outlet, Output, on_distinct_connections, plan_of
 
 BULKY_BYTES = 8 * 1024
 """Payloads of at least this size are not copied for each stream."""
@@ -61,7 +61,7 @@ class Delivery:
         """Queue one payload for its watches."""
         payload, watches = effect.payload, effect.watches
         count = len(watches)
-        plan = plan_of(watches) if count >= RUN_WATCHES_MIN else None
+        plan = plan_of(watches)
         many = count > self._output.part
         if plan is None:
             sent = self._deliver_each(payload, watches, many)

@@ -14,9 +14,6 @@ from coalesce.model import GroupWatches, Watch
 from proto.http2 import Stream, StreamBatch
 from proto.scan import encode_watch_id
 
-RUN_WATCHES_MIN = 32
-"""Groups of at least this many watches are worth ordering by connection."""
-
 
 class Outlet(Protocol):
     """The destination of a session's answers; `service.WatchCall` is one. The fan-out uses its attributes directly."""
@@ -76,8 +73,15 @@ class DeliveryPlan(NamedTuple):
     apart: list[Watch]
 
 
+_DELIVERED_ONCE = DeliveryPlan([], [])
+_ALL_APART = DeliveryPlan([], [])
+"""Each watch is alone on its connection, so the group is in the right order as it is: no second list is kept."""
+
+
 def plan_delivery(watches: Sequence[Watch]) -> DeliveryPlan:
     """Order a group of watches by connection."""
+    if len({watch.outlet.connection for watch in watches}) == len(watches):
+        return _ALL_APART
     groups: dict[tuple[int, int], list[Watch]] = {}
     for watch in watches:
         outlet: Outlet = watch.outlet
@@ -86,16 +90,14 @@ def plan_delivery(watches: Sequence[Watch]) -> DeliveryPlan:
     return DeliveryPlan(runs, [group[0] for group in groups.values() if len(group) == 1])
 
 
-_DELIVERED_ONCE = DeliveryPlan([], [])
-
-
 def plan_of(watches: Sequence[Watch]) -> DeliveryPlan | None:
     """Return the delivery plan of a group, from the second delivery to the same watches on.
 
-    Other watches have none: they are listed for one delivery. The plan stays valid for as long as the tuple exists,
-    since the attributes of watches and outlets that it is made from never change.
+    None: the payload is delivered watch by watch. The watches are all on different connections, or are listed for one
+    delivery. The plan stays valid for as long as the tuple exists, since the attributes of watches and outlets that it
+    is made from never change.
     """
-    if not isinstance(watches, GroupWatches):
+    if type(watches) is not GroupWatches:
         return None
     plan = watches.shell
     if plan is None:
@@ -104,12 +106,11 @@ def plan_of(watches: Sequence[Watch]) -> DeliveryPlan | None:
     if plan is _DELIVERED_ONCE:
         plan = watches.shell = plan_delivery(watches)
     assert isinstance(plan, DeliveryPlan), "only this module sets it"
-    return plan
+    return None if plan is _ALL_APART else plan
 
 
 def on_distinct_connections(watches: Sequence[Watch]) -> bool:
-    """Whether all of the watches are on different connections; for many watches this is known once they have a plan."""
-    if len(watches) < RUN_WATCHES_MIN:
-        return len({watch.outlet.connection for watch in watches}) == len(watches)
-    plan = watches.shell if isinstance(watches, GroupWatches) else None
-    return isinstance(plan, DeliveryPlan) and bool(plan.apart) and not plan.runs
+    """Whether all of the watches are on different connections; of a large group this is known once it has a plan."""
+    if type(watches) is GroupWatches:
+        return watches.shell is _ALL_APART
+    return len({watch.outlet.connection for watch in watches}) == len(watches)

@@ -61,6 +61,8 @@ SMALL: dict[tuple[str, str], tuple[int, ...]] = {
     ("coalesce.history", "EVICTED_MAX"): _FEW,
     ("coalesce.fanout", "SHARED_WATCHES_MAX"): (0, 0, 1),
     ("coalesce.fanout", "OWN_GROUP_WATCHES_MAX"): _FEW,
+    ("coalesce.listing", "LISTED_MIN"): _FEW,
+    ("coalesce.listing", "LISTED_WATCHES_MAX"): _FEW,
 }
 """The values of each constant, by module and name."""
 

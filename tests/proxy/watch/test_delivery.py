@@ -9,12 +9,12 @@ import weakref
 import pytest
 
 from coalesce.effects import Deliver, Send
+from coalesce.listing import LISTED_MIN, GroupLists
 from coalesce.model import Group, GroupWatches
 from proxy.listening.settings import ListenerStats
 from proxy.listening.write_queue import PART_CONNECTIONS, WriteQueue
 from proxy.watch.delivery import ALONE_MAX, BULKY_BYTES, TURN_BYTES
 from proxy.watch.engine import Engine
-from proxy.watch.outlets import RUN_WATCHES_MIN
 from tests.proxy.watch.engine_rig import SPOKEN, TRUNK, FakeConnection, FakeOutlet, Rig, payload_of, watch_of
 
 
@@ -110,7 +110,7 @@ def large_group(count: int) -> tuple[list[FakeOutlet], GroupWatches]:
 async def test_a_large_group_is_delivered_by_connection() -> None:
     """First watch by watch, then connection by connection. Each stream gets a payload once under each of its ids."""
     rig = Rig()
-    outlets, watches = large_group(RUN_WATCHES_MIN)
+    outlets, watches = large_group(LISTED_MIN)
     for text in (b"a", b"b", b"c"):
         rig.script("upstream_response", Deliver(payload_of(text), watches))
         rig.engine.received(TRUNK, SPOKEN)
@@ -123,7 +123,7 @@ async def test_a_large_group_is_delivered_by_connection() -> None:
 async def test_a_large_group_on_distinct_connections_is_not_queued() -> None:
     """From the third payload on, when the plan is known. Large payloads are queued, and streams without room."""
     rig = Rig()
-    outlets = [FakeOutlet(99) for _ in range(RUN_WATCHES_MIN)]
+    outlets = [FakeOutlet(99) for _ in range(LISTED_MIN)]
     watches = GroupWatches(watch_of(outlet) for outlet in outlets)
     large = payload_of(bytes(BULKY_BYTES + 1))
     payloads = [payload_of(b"a"), payload_of(b"b"), large, payload_of(b"c")]
@@ -142,7 +142,7 @@ async def test_a_large_group_on_distinct_connections_is_not_queued() -> None:
 
 async def test_a_large_group_with_watches_alone_on_a_connection() -> None:
     rig = Rig()
-    outlets, watches = large_group(RUN_WATCHES_MIN)
+    outlets, watches = large_group(LISTED_MIN)
     alone = [FakeOutlet(99) for _ in range(2)]
     watches = GroupWatches((*watches, *(watch_of(outlet) for outlet in alone)))
     for text in (b"a", b"b", b"c"):
@@ -156,7 +156,7 @@ async def test_a_large_group_with_watches_alone_on_a_connection() -> None:
 
 async def test_a_stall_inside_a_large_group() -> None:
     rig = Rig()
-    outlets, watches = large_group(RUN_WATCHES_MIN)
+    outlets, watches = large_group(LISTED_MIN)
     slow = outlets[4]
     first, second = (watch for watch in watches if watch.outlet is slow)
     second.session = first.session
@@ -194,8 +194,8 @@ async def test_much_output_in_one_turn_is_reported() -> None:
 async def test_a_plan_ends_with_the_next_change_of_its_group() -> None:
     """Even if the group changes in the step that delivers to it, and no watch that left is kept alive by a plan."""
     rig = Rig()
-    group = Group(0)
-    outlets = [FakeOutlet(99) for _ in range(RUN_WATCHES_MIN + 2)]
+    group, lists = Group(0), GroupLists()
+    outlets = [FakeOutlet(99) for _ in range(LISTED_MIN + 2)]
     for outlet in outlets:
         outlet.connection = outlets[0].connection
     *watches, late = [watch_of(outlet) for outlet in outlets]
@@ -203,13 +203,13 @@ async def test_a_plan_ends_with_the_next_change_of_its_group() -> None:
         group.add(watch)
 
     def deliver(text: bytes) -> None:
-        rig.script("upstream_response", Deliver(payload_of(text), group.listed()))
+        rig.script("upstream_response", Deliver(payload_of(text), lists.of(group)))
         rig.engine.received(TRUNK, SPOKEN)
 
     for text in (b"a", b"b"):
         deliver(text)
     # The effect names the watches at the time of the event.
-    rig.script("upstream_response", Deliver(payload_of(b"c"), group.listed()))
+    rig.script("upstream_response", Deliver(payload_of(b"c"), lists.of(group)))
     group.remove(watches[1])
     group.add(late)
     rig.engine.received(TRUNK, SPOKEN)
