@@ -94,6 +94,8 @@ class Heartbeat(msgspec.Struct, kw_only=True):
     hung: str = ""
     open: int = 0
     """Connections of clients."""
+    open_max: int | None = None
+    """How many of them it accepts."""
     taken: int = 0
     """Those that the parent has passed to it since its start."""
     load: float = 0.0

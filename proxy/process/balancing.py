@@ -6,6 +6,7 @@ new connections until it has as many as the others.
 
 Connections differ in load, and those of short commands do not stay: a new worker would get all of these for hours,
 while the others keep connections that stay. So a worker that is busy gets none while another one is not.
+A worker that is full would refuse the connection, so it gets none while another one has a place.
 """
 
 from __future__ import annotations
@@ -32,9 +33,18 @@ class _WorkerConnections:
 
     busy: bool = False
 
+    most: int | None = None
+    """How many it accepts; None: it has not reported yet."""
+
     @property
     def expected(self) -> int:
         return self.open + self.given - self.taken
+
+    @property
+    def order(self) -> tuple[bool, bool, int, int]:
+        """The one with the lowest gets the next connection."""
+        full = self.most is not None and self.expected >= self.most
+        return full, self.busy, self.expected, self.given
 
 
 class LeastConnections:
@@ -47,15 +57,18 @@ class LeastConnections:
         """A worker was started; it has no connections."""
         self._workers[name] = _WorkerConnections()
 
-    def reported(self, name: str, opened: int, taken: int, load: float = 0.0) -> None:
-        """A worker has `opened` connections, of `taken` that it was given since its start; `load`: cores it uses."""
+    def reported(self, name: str, opened: int, taken: int, load: float = 0.0, most: int | None = None) -> None:
+        """A worker has `opened` connections, `most` at most, of `taken` that it was given since its start.
+
+        `load`: cores it uses.
+        """
         worker = self._workers[name]
-        worker.open, worker.taken, worker.busy = opened, taken, load > BUSY
+        worker.open, worker.taken, worker.busy, worker.most = opened, taken, load > BUSY, most
 
     def choose(self, takers: Sequence[str]) -> str:
         """Give one connection to one of `takers`, at least one, and return its name."""
         workers = self._workers
-        name = min(takers, key=lambda taker: (workers[taker].busy, workers[taker].expected, workers[taker].given))
+        name = min(takers, key=lambda taker: workers[taker].order)
         workers[name].given += 1
         return name
 

@@ -51,9 +51,9 @@ class ConnectionDistributor:
         """A worker has ended; the connections that it did not take are closed."""
         self._channels.pop(name).close()
 
-    def reported(self, name: str, opened: int, taken: int, load: float) -> None:
+    def reported(self, name: str, opened: int, taken: int, load: float, most: int | None) -> None:
         """See `LeastConnections`."""
-        self._balance.reported(name, opened, taken, load)
+        self._balance.reported(name, opened, taken, load, most)
 
     def forget(self) -> None:
         """Close the parent's sockets: called in a process that was forked."""

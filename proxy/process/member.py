@@ -133,6 +133,7 @@ class ReportingProcess:
                 problem=health.reason,
                 hung=health.hung,
                 open=listener.open,
+                open_max=listener.settings.connections_max,
                 taken=listener.taken,
                 load=round(load, 2),
                 cluster_id=proxy.upstream.cluster_id,

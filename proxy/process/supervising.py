@@ -393,7 +393,7 @@ class _Supervisor:
                     self._decide(beat.examined)
             self._state.reported(name, time.monotonic(), problem=beat.problem, hung=beat.hung)
             if name != HUB:
-                self._distributor.reported(name, beat.open, beat.taken, beat.load)
+                self._distributor.reported(name, beat.open, beat.taken, beat.load, beat.open_max)
         return True
 
     def _unregister(self, process: _Process) -> None:

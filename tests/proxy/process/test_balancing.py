@@ -49,6 +49,17 @@ def test_a_busy_worker_gets_connections_only_if_all_are_busy() -> None:
     assert one.choose(WORKERS) == "worker-3"
 
 
+def test_a_full_worker_gets_none_while_another_has_a_place() -> None:
+    one = balance()
+    two = WORKERS[:2]
+    one.reported("worker-1", 8, 0, most=10)
+    one.reported("worker-2", 8, 0, load=BUSY + 0.1, most=10)
+    # Busy is better than full: a full worker refuses.
+    assert [one.choose(two) for _ in range(4)] == ["worker-1", "worker-1", "worker-2", "worker-2"]
+    # All are full: the client gets the refusal of one of them.
+    assert one.choose(two) == "worker-1"
+
+
 def test_only_takers_get_connections() -> None:
     one = balance()
     assert Counter(one.choose(WORKERS[:2]) for _ in range(4)) == {"worker-1": 2, "worker-2": 2}
