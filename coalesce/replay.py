@@ -144,12 +144,15 @@ class Replayer:
                 if first_group is not None and first_group.behind is not None and first_group.behind < watch.position:
                     # It has waited for longer.
                     break
-                self.left_events -= WATCH_EVENTS
                 if watch.awaits_run:
                     self._register(watch)
                     _move_back(watch)
+                    if first_group is not None:
+                        # The groups do not wait for the run.
+                        break
                 else:
                     spent += self._replay(watch)
+                self.left_events -= WATCH_EVENTS
             if spent >= bytes_max or self.left_events <= least:
                 return spent
         for group in tuple(islice(session.groups_behind, count)):

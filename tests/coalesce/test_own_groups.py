@@ -121,6 +121,23 @@ def test_watches_with_fragment_have_no_own_groups() -> None:
     assert len(deliver.watches) == 41
 
 
+def test_own_groups_do_not_wait_for_the_run_of_other_watches() -> None:
+    shell, client, trunk = _many(60)
+    # More than a turn examines.
+    for _ in range(40):
+        client.create(start=6, fragment=True)
+    for revision in (6, 7):
+        # Further pieces follow.
+        response = WatchResponse(header(revision), events=[put(revision)], fragment=True)
+        shell.do(shell.core.upstream_response, trunk, response)
+    for _ in range(20):
+        shell.do(shell.core.expire)
+    assert _events_by_watch([line for line in client.read() if "put" in line]) == {each: [6, 7] for each in range(60)}
+    deadline = shell.core.next_deadline()
+    assert deadline is not None
+    assert deadline > shell.now
+
+
 def test_watches_of_own_groups_that_end_leave_nothing() -> None:
     shell, client, trunk = _many(100)
     client.stall()
