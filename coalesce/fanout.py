@@ -188,8 +188,10 @@ class Fanout:
             self._drop_empty(source)
             return
         group.remove(watch)
-        if not group.members and (watch.branch is not None or group.session is not None):
-            del source.groups_of(watch)[group.key]
+        if not group.members:
+            self._state.lists.forget(group)
+            if watch.branch is not None or group.session is not None:
+                del source.groups_of(watch)[group.key]
         watch.position = max(watch.position, source.next_revision if group.behind is None else group.behind)
         watch.group = None
         if group.behind is not None:

@@ -48,3 +48,7 @@ class GroupLists:
             self.watches -= sizes.pop(oldest)
             oldest.listed = None
         return listed
+
+    def forget(self, group: Group) -> None:
+        """Drop a group that has no watch any more: it would keep its session in memory."""
+        self.watches -= self.sizes.pop(group, 0)

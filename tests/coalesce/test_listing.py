@@ -70,3 +70,4 @@ def test_groups_that_end_take_their_watches_from_the_lists(shell: Shell, client:
     shell.settle()
     assert not group.listed
     assert not group.members
+    assert (shell.core._state.lists.sizes, shell.core._state.lists.watches) == ({}, 0)
