@@ -54,6 +54,8 @@ class Config:
     watches_max: int = 16
     # Random moves made after each step.
     moves: int = 4
+    # The share of watches that repeat the range and the options of another one of their client.
+    crowded: float = 0.0
     # Whether the event loop is sometimes late to fire the core's timer.
     late_timers: bool = False
     # Constants of the code under simulation that are small, by module and name.
@@ -139,6 +141,9 @@ def make_config(rng: random.Random) -> Config:
         keys = (*keys, *_COVERED_KEYS)
         ranges += aside.sample(_COVERED_RANGES, aside.randint(1, 4))
     small = constants.draw(random.Random(f"constants {limits}"))
+    crowded = random.Random(f"crowded {limits}").choice((0.0, 0.5, 0.9)) if small else 0.0
+    if crowded:
+        small |= constants.draw_crowd(random.Random(f"own groups {limits}"))
     return Config(
         limits,
         tuple(ranges),
@@ -162,6 +167,7 @@ def make_config(rng: random.Random) -> Config:
         clients_max=rng.randint(1, 6),
         moves=rng.choice((0, 3, 10)),
         late_timers=rng.random() < 0.2,
+        crowded=crowded,
         constants=small,
         # So many that a round takes several steps.
         progress_notify=0.6 if small else 0.2,

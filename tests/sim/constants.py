@@ -74,6 +74,12 @@ def draw(rng: random.Random) -> dict[tuple[str, str], int]:
     return {where: rng.choice(values) for where, values in SMALL.items() if rng.random() < 0.7}
 
 
+def draw_crowd(rng: random.Random) -> dict[tuple[str, str], int]:
+    """Return the constants with which a session with a few watches of one range has own groups."""
+    groups = {"SHARED_WATCHES_MAX": rng.choice((0, 0, 1)), "OWN_GROUP_WATCHES_MAX": rng.choice((1, 2, 3, 1000))}
+    return {("coalesce.fanout", name): value for name, value in groups.items()}
+
+
 @contextmanager
 def replaced(parts: Parts, constants: Mapping[tuple[str, str], int]) -> Iterator[None]:
     """Replace constants in the modules of these parts, and in those that import them by name."""

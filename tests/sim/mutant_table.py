@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.sim.mutant_table_covers import COVER_MUTANTS
 from tests.sim.mutant_table_engine import ENGINE_MUTANTS
+from tests.sim.mutant_table_groups import GROUP_MUTANTS
 from tests.sim.mutant_table_parts import PARTS_MUTANTS
 from tests.sim.mutant_table_upstream import CLIENT_MUTANTS, STORE_MUTANTS
 from tests.sim.mutants import Mutant
@@ -250,4 +251,7 @@ CORE_MUTANTS: tuple[Mutant, ...] = (
     ),
 )
 
-MUTANTS = (*CORE_MUTANTS, *COVER_MUTANTS, *CLIENT_MUTANTS, *STORE_MUTANTS, *ENGINE_MUTANTS, *PARTS_MUTANTS)
+MUTANTS = (
+    *(*CORE_MUTANTS, *COVER_MUTANTS, *CLIENT_MUTANTS, *STORE_MUTANTS),
+    *(*ENGINE_MUTANTS, *PARTS_MUTANTS, *GROUP_MUTANTS),
+)

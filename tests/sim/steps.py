@@ -156,10 +156,24 @@ def _new_watch(
         spec = Spec(key, range_end)
     if start is not None and start < 0:
         start = _start(world, rng)
+    watch_id = rng.choice((0, 0, 0, 0, 0, 0, 1, 2, 3, 77, -2))
+    # Drawn aside, so that the other draws of a seed stay the same.
+    aside = random.Random(world.config.crowded * 10 + len(world.watches))
+    specs = [watch.spec for watch in client.watches if not watch.over and not watch.spec.fragment]
+    if specs and aside.random() < world.config.crowded:
+        spec = aside.choice(specs)
+    _add_watch(world, client, spec, start, watch_id)
+    for _ in range(aside.choice((0, 1, 2, 4))):
+        if aside.random() < world.config.crowded:
+            _add_watch(world, client, spec, start, 0)
+
+
+def _add_watch(world: World, client: SimClient, spec: Spec, start: int | None, watch_id: int) -> None:
+    if client.session is None or client.session.ended is not None or len(client.watches) >= world.config.watches_max:
+        return
     watch = SimWatch.make(spec, start, client.by_header)
     client.watches.append(watch)
     world.watches.append(watch)
-    watch_id = rng.choice((0, 0, 0, 0, 0, 0, 1, 2, 3, 77, -2))
     world.create(client, watch, watch_id)
 
 

@@ -35,8 +35,9 @@ def test_no_failure_is_found(first: int) -> None:
     assert not found, report(shrink(found[0]))
     # The runs reach the critical states.
     assert all(number > 5 for number in faults(counts).values()), faults(counts)
-    # Pauses are rare: a hundred other seeds may have a single one.
-    for what in ("stalls", "returned", "backfills", "ended sessions", "reads", *(("pauses",) if first == 0 else ())):
+    # Pauses are rare: a hundred other seeds may have a single one. So are groups that wait for a later turn.
+    rare = ("pauses", "groups behind") if first == 0 else ()
+    for what in ("stalls", "returned", "backfills", "ended sessions", "reads", *rare):
         assert counts[what] > 5, (what, counts[what])
     for name in REACHED:
         assert counts[name] > 0, name

@@ -551,6 +551,7 @@ class World:
     def check(self) -> None:
         """Have the core check its invariants."""
         self.count("invariant checks")
+        self.count("groups behind", sum(len(session.groups_behind) for session in self.core._state.lagging_sessions))
         self._parts.invariants.check(self.core)
         self._check_postponed()
         age_s_max = self.config.limits["lagging_age_s_max"]
