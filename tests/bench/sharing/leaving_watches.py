@@ -16,6 +16,7 @@ from typing import NamedTuple
 import uvloop
 
 from coalesce.limits import CoreLimits
+from proto.framing import MessageReader
 from proto.pb import rpc_pb2
 from proxy.server import Proxy, ProxySettings, tune_gc
 from tests.bench.profiles import DATA, HEADERS, RST_STREAM, frame
@@ -62,6 +63,7 @@ class Leaver(RawClient):
         self._place = place
         self._way = way
         self._answered = 0
+        self._reader = MessageReader(1 << 20)
         self._leaves = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -82,12 +84,15 @@ class Leaver(RawClient):
         return rpc_pb2.WatchRequest(create_request=create).SerializeToString()
 
     def on_frame(self, kind: int, flags: int, stream: int, data: bytes, start: int, end: int) -> None:
-        del flags, stream, data
-        if kind != DATA or end == start:
+        del flags, stream
+        if kind != DATA:
             return
-        self._answered += 1
-        if self._answered % AT_ONCE:
-            return
+        for _ in self._reader.feed(data[start:end]):
+            self._answered += 1
+            if self._answered % AT_ONCE == 0:
+                self._go_on()
+
+    def _go_on(self) -> None:
         if self._answered < WATCHES:
             self._send_part()
         elif not self._leaves:
