@@ -232,7 +232,13 @@ CASES = {
             rate=10,
             targets=WITH_SEVERAL,
         ),
-        Case("stacked", "10 streams with 100 watches each, 300 writes as fast as they go", 1, 10, 100, writes=300),
+        Case(
+            "stacked",
+            "10 streams with 100 watches each, 300 writes as fast as they go",
+            *(1, 10, 100),
+            writes=300,
+            rounds=3,
+        ),
         Case("ranges", "200 ranges with 10 watches each, 400 writes/s", 20, 200, 10, 200, writes=2000, rate=400),
         Case(
             "lowfan",
