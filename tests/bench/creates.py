@@ -131,33 +131,50 @@ def _are_created(watches: Sized, count: int) -> bool:
     return len(watches) >= count
 
 
+class ProxyWithoutSockets:
+    """The real connections, Watch service, engine and core in front of a store; clients watch each of so many keys."""
+
+    def __init__(self, store: Store, clients: int, keys: int) -> None:
+        self.listener = listener = Listener()
+        listener._loop = store.loop
+        self.core = Coalescer(CoreLimits(watches_max=clients * keys, watches_per_session_max=keys))
+        store.engine = engine = Engine(self.core, AuthReader(cast(Any, store)), listener.output)
+        engine.attach(cast(Any, store))
+        listener.routes[PATH] = WatchService(engine).open
+        creates = (rpc_pb2.WatchCreateRequest(key=key_of(key)) for key in range(keys))
+        requests = (rpc_pb2.WatchRequest(create_request=each) for each in creates)
+        self._messages = [message_frame(1, request.SerializeToString()) for request in requests]
+        self._connections: list[ServerConnection] = []
+        tune_gc()
+        self._own = Target("", 0, os.getpid())
+        self._base_mib = self._own.memory_mib()
+
+    def memory_mib(self) -> float:
+        """Return by how much the process has grown."""
+        return self._own.memory_mib() - self._base_mib
+
+    async def connect(self, clients: int) -> None:
+        """Let so many more clients create their watches, some at a time."""
+        left = iter(range(clients))
+        await asyncio.gather(*(self._connect_each(left) for _ in range(AT_A_TIME)))
+
+    async def _connect_each(self, left: Iterator[int]) -> None:
+        self._connections.extend([await create(self.listener, self._messages) for _ in left])
+
+
 async def main(clients: int, keys: int) -> None:
     """Print the table."""
-    listener, store, turns = Listener(), Store(), Turns()
-    listener._loop = store.loop
-    core = Coalescer(CoreLimits(watches_max=clients * keys, watches_per_session_max=keys))
-    store.engine = engine = Engine(core, AuthReader(cast(Any, store)), listener.output)
-    engine.attach(cast(Any, store))
-    listener.routes[PATH] = WatchService(engine).open
-    requests = (rpc_pb2.WatchRequest(create_request=rpc_pb2.WatchCreateRequest(key=key_of(key))) for key in range(keys))
-    messages = [message_frame(1, request.SerializeToString()) for request in requests]
-    tune_gc()
-    own = Target("", 0, os.getpid())
-    base_mib, before_s, before = own.memory_mib(), time.thread_time(), 0
-    connections: list[ServerConnection] = []
-
-    async def some(left: Iterator[int]) -> None:
-        connections.extend([await create(listener, messages) for _ in left])
-
+    store, turns = Store(), Turns()
+    proxy = ProxyWithoutSockets(store, clients, keys)
+    before_s, before = time.thread_time(), 0
     sys.stdout.write(
         "| watches | CPU of a create, us | memory of a watch, bytes | longest turn, ms |\n|---:|---:|---:|---:|\n"
     )
     for tenth in range(10):
-        left = iter(range(clients * tenth // 10, clients * (tenth + 1) // 10))
-        await asyncio.gather(*(some(left) for _ in range(AT_A_TIME)))
-        now_s, watches = time.thread_time(), core.stats.watches
+        await proxy.connect(clients * (tenth + 1) // 10 - clients * tenth // 10)
+        now_s, watches = time.thread_time(), proxy.core.stats.watches
         each_us = 1e6 * (now_s - before_s) / (watches - before)
-        each_bytes = (own.memory_mib() - base_mib) * 2**20 / watches
+        each_bytes = proxy.memory_mib() * 2**20 / watches
         sys.stdout.write(f"| {watches:,} | {each_us:.1f} | {each_bytes:.0f} | {1e3 * turns.longest_s:.0f} |\n")
         sys.stdout.flush()
         before_s, before, turns.longest_s = now_s, watches, 0.0

@@ -10,28 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import uvloop
 
-from coalesce.core import Coalescer
-from coalesce.limits import CoreLimits
-from proto.pb import rpc_pb2
 from proto.scan import WatchResponse
-from proxy.auth.reads import AuthReader
-from proxy.listening.connection import ServerConnection
-from proxy.listening.listener import Listener
-from proxy.server import tune_gc
-from proxy.watch.engine import Engine
-from proxy.watch.service import PATH, WatchService
-from tests.bench.creates import AT_A_TIME, Store, create
+from tests.bench.creates import ProxyWithoutSockets, Store
 from tests.bench.sharing.leaving import Turns
-from tests.bench.targets import Target
-from tests.bench.wire import key_of, message_frame
 from tests.coalesce.shell import put
 
 PASSES = 4
@@ -74,44 +61,30 @@ class Collections:
 
 async def main(clients: int, keys: int) -> None:
     """Print the table."""
-    listener, store, turns, collections = Listener(), WrittenStore(), Turns(), Collections()
-    listener._loop = store.loop
-    core = Coalescer(CoreLimits(watches_max=clients * keys, watches_per_session_max=keys))
-    store.engine = engine = Engine(core, AuthReader(cast(Any, store)), listener.output)
-    engine.attach(cast(Any, store))
-    listener.routes[PATH] = WatchService(engine).open
-    requests = (rpc_pb2.WatchRequest(create_request=rpc_pb2.WatchCreateRequest(key=key_of(key))) for key in range(keys))
-    messages = [message_frame(1, request.SerializeToString()) for request in requests]
-    tune_gc()
+    store, turns, collections = WrittenStore(), Turns(), Collections()
+    proxy = ProxyWithoutSockets(store, clients, keys)
     turns.start()
-    own = Target("", 0, os.getpid())
-    base_mib = own.memory_mib()
-    connections: list[ServerConnection] = []
-
-    async def some(left: Iterator[int]) -> None:
-        connections.extend([await create(listener, messages) for _ in left])
 
     def row(phase: str) -> None:
         longest = " | ".join(f"{1e3 * longest_s:.1f}" for longest_s in collections.longest_s)
-        sys.stdout.write(f"| {phase} | {1e3 * turns.longest_s:.0f} | {longest} | {own.memory_mib() - base_mib:.0f} |\n")
+        sys.stdout.write(f"| {phase} | {1e3 * turns.longest_s:.0f} | {longest} | {proxy.memory_mib():.0f} |\n")
         sys.stdout.flush()
         collections.longest_s = [0.0, 0.0, 0.0]
         turns.longest_s = 0.0
 
     head = "phase | longest turn, ms | generation 0, ms | generation 1, ms | all, ms | memory, MiB"
     sys.stdout.write(f"| {head} |\n|---|---:|---:|---:|---:|---:|\n")
-    left = iter(range(clients))
-    await asyncio.gather(*(some(left) for _ in range(AT_A_TIME)))
+    await proxy.connect(clients)
     row("creates")
     for number in range(PASSES):
         for watch in store.opened:
             store.send(watch)
             written = asyncio.Event()
-            listener.output.when_written(written.set)
+            proxy.listener.output.when_written(written.set)
             await written.wait()
         row(f"event {number + 1} of each key")
     turns.stop()
-    assert core.stats.delivered == PASSES * clients * keys, "each watch gets each event"
+    assert proxy.core.stats.delivered == PASSES * clients * keys, "each watch gets each event"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.upstream.stories import Opened, answer, in_words, refusal
+from tests.upstream.stories import Opened, answer, connected, in_words, refusal, stream_of
 from upstream.watching.effects import CloseStream, OpenStream, WatchEffect, WatchLost
 from upstream.watching.state import WatchState
 from upstream.watching.stream import StreamEndAction, StreamKind, WatchStream
@@ -62,16 +62,7 @@ class Etcd:
 @pytest.fixture
 def state() -> WatchState:
     """A connected watch client."""
-    state = WatchState()
-    assert state.connect(True, 10) == []
-    return state
-
-
-def stream_of(state: WatchState, watch: Opened) -> WatchStream:
-    registration = state.registration(watch)
-    assert registration is not None
-    assert registration.stream is not None
-    return registration.stream
+    return connected()
 
 
 def test_create_that_ends_its_stream_is_lost_at_the_second_try(state: WatchState) -> None:
